@@ -1,0 +1,88 @@
+"""What is hidden from the model: block-wise patches (BEiT) and exact numbers of text tokens.
+
+``hide`` is True where the model must predict. All draws come from the generator of the sample.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+ASPECT = (0.3, 1 / 0.3)
+"""Range of height / width of a block (BEiT)."""
+
+TRIES = 10
+"""Draws before a block is given up (BEiT)."""
+
+MIN_BLOCK_OF_196 = 16
+"""Patches of the smallest block on BEiT's 14x14 grid; other grids scale it."""
+
+REPLACE, RANDOM = 0.8, 0.1
+"""Of the hidden text tokens: share shown as ``<mask>`` and share shown as a random word; the rest stays (BERT)."""
+
+
+def smallest_block(patches: int) -> int:
+    """Patches of the smallest block on a grid of ``patches``: 16 of 196, scaled, at least 1."""
+    return max(1, round(MIN_BLOCK_OF_196 * patches / 196))
+
+
+def hide_blocks(grid: tuple[int, int], count: int, min_block: int, rng: np.random.Generator) -> np.ndarray:
+    """Hide exactly ``count`` patches of a (rows, columns) grid, in blocks of at least ``min_block``: bool (P,).
+
+    Blocks are drawn as in BEiT until no further one fits; what is then missing to ``count`` is taken at random, as in
+    BEiT-2, so that every picture hides the same number. Source: specs of BEiT's and BEiT-2's masking_generator.py.
+    """
+    height, width = grid
+    if not 0 <= count <= height * width:
+        raise ValueError(f"cannot hide {count} of {height * width} patches")
+    hide = np.zeros(grid, dtype=bool)
+    hidden = 0
+    while hidden < count:
+        added = _add_block(hide, count - hidden, min_block, rng)
+        if added == 0:
+            break
+        hidden += added
+    flat = hide.reshape(-1)
+    if hidden < count:
+        flat[rng.choice(np.flatnonzero(~flat), count - hidden, replace=False)] = True
+    return flat
+
+
+def _add_block(hide: np.ndarray, room: int, min_block: int, rng: np.random.Generator) -> int:
+    """Try to hide one more block of at most ``room`` new patches in place; the number added, 0 if none fitted."""
+    height, width = hide.shape
+    for _ in range(TRIES):
+        area = min_block + (room - min_block) * rng.random()
+        aspect = math.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * rng.random())
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h >= height or w >= width:
+            continue
+        top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+        block = hide[top : top + h, left : left + w]
+        added = h * w - int(block.sum())
+        if 0 < added <= room:
+            block[:] = True
+            return added
+    return 0
+
+
+def hide_words(
+    ids: np.ndarray, ratio: float, ordinary: tuple[int, int], mask_id: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hide exactly ``max(1, round(ratio * n))`` of the n ordinary tokens of a text.
+
+    ids: int (N,); ordinary: ids in [first, stop) are words, all others are special and never hidden. Returns the
+    corrupted ids (80 % of the hidden ones ``mask_id``, 10 % a random word, 10 % unchanged) and the hidden places,
+    ascending; a text without words hides nothing.
+    """
+    words = np.flatnonzero((ids >= ordinary[0]) & (ids < ordinary[1]))
+    if len(words) == 0:
+        return ids, words
+    hidden = np.sort(rng.choice(words, max(1, round(ratio * len(words))), replace=False))
+    fate = rng.random(len(hidden))
+    shown = ids.copy()
+    shown[hidden[fate < REPLACE]] = mask_id
+    random = hidden[(fate >= REPLACE) & (fate < REPLACE + RANDOM)]
+    shown[random] = rng.integers(*ordinary, size=len(random))
+    return shown, hidden

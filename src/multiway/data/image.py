@@ -1,0 +1,253 @@
+"""Pictures: from bytes that nobody vouches for to uint8 tensors, and the views of them that models see."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from multiway.errors import RecordError
+
+BACKGROUND = (255, 255, 255)
+"""What shows through transparent pixels."""
+
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+CONVERTED_MODES = ("CMYK", "YCbCr", "LAB", "HSV")
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+CROP_TRIES = 10
+LUMA = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a picture may be at most, checked from its header before a pixel is decoded.
+
+    ``max_bytes``: of the encoded file; ``max_pixels``: width times height of the first frame; ``max_side``: pixels;
+    ``max_aspect``: long side over short side; ``formats``: Pillow's names of the formats that may be opened at all.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 64_000_000
+    max_side: int = 32_768
+    max_aspect: float = 50.0
+    formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+    def check_bytes(self, count: int) -> None:
+        """Raise RecordError (``empty``, ``bytes``) unless an encoded picture may have this size."""
+        if count == 0:
+            raise RecordError("expected a picture, found 0 bytes", reason="empty")
+        if count > self.max_bytes:
+            raise RecordError(f"picture of {count} bytes, at most {self.max_bytes} are allowed", reason="bytes")
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise RecordError (``no_pixels``, ``side``, ``pixels``, ``aspect``) unless a picture may be this large."""
+        size = f"picture of {width}x{height} pixels"
+        if width < 1 or height < 1:
+            raise RecordError(f"{size} has no pixels", reason="no_pixels")
+        if max(width, height) > self.max_side:
+            raise RecordError(f"{size}, sides of at most {self.max_side} are allowed", reason="side")
+        if width * height > self.max_pixels:
+            raise RecordError(f"{size}, at most {self.max_pixels} pixels are allowed", reason="pixels")
+        if max(width, height) > self.max_aspect * min(width, height):
+            raise RecordError(f"{size}, at most {self.max_aspect:g} times longer than wide is allowed", reason="aspect")
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Decoded(NamedTuple):
+    """A decoded picture: ``image`` uint8 (3, H, W), RGB, upright; ``notes``: what was changed to make it so."""
+
+    image: Tensor
+    notes: tuple[str, ...]
+
+
+def decode(data: bytes, *, limits: Limits = DEFAULT_LIMITS, px: int | None = None) -> Decoded:
+    """Decode untrusted bytes to an upright RGB picture; the bytes decide the format, not a file name.
+
+    ``px``: how many pixels both sides need at least; a JPEG that is twice (4, 8 times) larger is decoded at a half
+    (quarter, eighth) of its size. None decodes every pixel. Colour profiles and metadata are ignored.
+
+    Notes: ``animated_first_frame`` (later frames or pages are ignored), ``sixteen_bit`` (the high byte is kept),
+    ``transparent`` (laid over BACKGROUND), ``cmyk``, ``ycbcr``, ``lab``, ``hsv`` (converted), ``rotated`` (turned as
+    its EXIF says), ``exif_unreadable`` (taken as it lies).
+
+    Raises RecordError with one of the reasons ``empty``, ``bytes``, ``unreadable`` (no allowed format), ``no_pixels``,
+    ``side``, ``pixels``, ``aspect``, ``truncated``, ``corrupt``, ``mode`` (32-bit integer or float pixels, which have
+    no known range).
+    """
+    picture, notes = open_picture(data, limits, px)
+    return Decoded(torch.from_numpy(np.array(picture)).permute(2, 0, 1), notes)
+
+
+def open_picture(data: bytes, limits: Limits, px: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
+    """:func:`decode` before it becomes a tensor: a loaded RGB picture and its notes."""
+    limits.check_bytes(len(data))
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=limits.formats)
+            limits.check_size(*picture.size)
+            if getattr(picture, "is_animated", False):
+                notes.append("animated_first_frame")
+            if px is not None:
+                picture.draft(None, (px, px))
+            picture.load()
+            return _upright(_rgb(picture, notes), picture, notes), tuple(notes)
+    except RecordError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise RecordError(f"picture with too many pixels: {error}", reason="pixels") from error
+    except Image.UnidentifiedImageError as error:
+        allowed = ", ".join(limits.formats)
+        raise RecordError(f"not a picture in {allowed}: begins with {data[:16]!r}", reason="unreadable") from error
+    except Exception as error:  # a decoder may raise anything at hostile bytes
+        reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        raise RecordError(f"{reason} picture: {type(error).__name__}: {error}", reason=reason) from error
+
+
+def _rgb(picture: Image.Image, notes: list[str]) -> Image.Image:
+    """RGB from every mode that has a known range; the rules are in :func:`decode`."""
+    mode = picture.mode
+    if mode.startswith("I;16"):
+        notes.append("sixteen_bit")
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if mode in ("I", "F"):
+        raise RecordError(f"pixels of mode {mode!r} have no known range, expected 8 or 16 bits", reason="mode")
+    if mode in ALPHA_MODES or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        if picture.getchannel("A").getextrema() != (255, 255):
+            notes.append("transparent")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*BACKGROUND, 255)), picture)
+    elif mode in CONVERTED_MODES:
+        notes.append(mode.lower())
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _upright(rgb: Image.Image, picture: Image.Image, notes: list[str]) -> Image.Image:
+    """The picture turned as its EXIF orientation says; read after loading, when every decoder knows its metadata."""
+    try:
+        turn = ORIENTATIONS.get(picture.getexif().get(ORIENTATION_TAG, 1))
+    except Exception:  # noqa: BLE001  broken metadata is common and no reason to lose the picture
+        notes.append("exif_unreadable")
+        return rgb
+    if turn is None:
+        return rgb
+    notes.append("rotated")
+    return rgb.transpose(turn)
+
+
+def resize(image: Tensor, px: int) -> Tensor:
+    """Resize uint8 (3, H, W) to (3, px, px): antialiased bicubic, the aspect ratio is not kept."""
+    if image.shape[1:] == (px, px):
+        return image
+    return F.interpolate(image[None], size=(px, px), mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def hflip(image: Tensor) -> Tensor:
+    """Mirror (3, H, W) left to right."""
+    return image.flip(-1)
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw (top, left, height, width) of a crop with a share ``scale`` of the area and width over height in ``ratio``.
+
+    The ratio is log-uniform; of CROP_TRIES draws the first that fits is taken, else the largest centred box of an
+    allowed ratio. The number of values taken from ``rng`` is always the same.
+    """
+    area = height * width * rng.uniform(*scale, size=CROP_TRIES)
+    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), size=CROP_TRIES))
+    place = rng.random(2)
+    wide, high = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+    fits = np.flatnonzero((wide > 0) & (wide <= width) & (high > 0) & (high <= height))
+    if len(fits):
+        h, w = int(high[fits[0]]), int(wide[fits[0]])
+    else:
+        allowed = min(max(width / height, ratio[0]), ratio[1])
+        h = max(1, min(height, round(width / allowed)))
+        w = max(1, min(width, round(height * allowed)))
+        place = np.full(2, 0.5)
+    return int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w
+
+
+def random_resized_crop(
+    image: Tensor, px: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Tensor:
+    """Crop uint8 (3, H, W) by :func:`crop_box` and resize the crop to (3, px, px)."""
+    top, left, height, width = crop_box(image.shape[1], image.shape[2], scale, ratio, rng)
+    return resize(image[:, top : top + height, left : left + width], px)
+
+
+def colour_jitter(image: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Scale brightness, contrast and saturation of uint8 (3, H, W), in random order.
+
+    Each factor is uniform in [1 - strength, 1 + strength]; hue stays.
+
+    Source: BEiT's ColorJitter(0.4, 0.4, 0.4); here all three run in float and are rounded once.
+    """
+    order = rng.permutation(3)
+    factors = rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength, size=3).tolist()
+    x = image.float()
+    luma = torch.tensor(LUMA).view(3, 1, 1)
+    for which in order:
+        grey = (x * luma).sum(0, keepdim=True) if which else x.new_zeros(())
+        centre = grey.mean() if which == 1 else grey  # black, the mean grey, each pixel's own grey
+        x = torch.lerp(centre, x, factors[which]).clamp_(0.0, 255.0)
+    return x.round_().to(torch.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a picture is shown to a model: ``view(image, rng)`` maps uint8 (3, H, W) to uint8 (3, px, px).
+
+    ``scale``: range of the crop's share of the area, None = the whole picture (evaluation); ``ratio``: range of the
+    crop's width over height; ``flip``: probability of mirroring; ``jitter``: strength of colour jitter, 0 = none. A
+    view without randomness needs no ``rng``.
+    """
+
+    px: int
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    jitter: float = 0.0
+
+    @property
+    def source_px(self) -> int:
+        """Side a picture needs so that an average crop is not enlarged: the ``px`` to decode at."""
+        share = 1.0 if self.scale is None else sum(self.scale) / 2
+        return math.ceil(self.px / math.sqrt(share))
+
+    def __call__(self, image: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Return the view; the same generator state gives the same view of pictures of the same size."""
+        if rng is None:
+            if self.scale or self.flip or self.jitter:
+                raise ValueError(f"{self} is random and needs an rng")
+            return resize(image, self.px)
+        if self.scale is None:
+            image = resize(image, self.px)
+        else:
+            image = random_resized_crop(image, self.px, self.scale, self.ratio, rng)
+        if self.flip and rng.random() < self.flip:
+            image = hflip(image)
+        return colour_jitter(image, self.jitter, rng) if self.jitter else image

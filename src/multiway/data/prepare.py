@@ -1,0 +1,257 @@
+"""From the settings of a run to samples: which sources, which tokenizer, how a record becomes a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multiway.data import builtin
+from multiway.data.collate import Sample, Words
+from multiway.data.image import View, colour_jitter
+from multiway.data.index import Index, build
+from multiway.data.order import generator
+from multiway.data.sources import discover
+from multiway.data.text import TextTokenizer
+from multiway.data.views import StoredViews
+from multiway.errors import ConfigError
+from multiway.run import Data
+
+KINDS = ("image", "pair", "text")
+
+SCENES = 20_000
+"""Embedded scenes of the training split: about two seconds to render."""
+
+FIT_PICTURES, FIT_PATCHES = 4_000, 20_000
+"""Pictures and patches a patch codebook is fitted on."""
+
+
+class Source(Protocol):
+    """Records of one kind: what an index offers, and the embedded scenes too."""
+
+    kind: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def blocks(self) -> Sequence[int] | None:
+        """Sizes of its shards in record order; None = in one piece."""
+        ...
+
+    def key(self, record: int) -> str:
+        """Name of a record for messages."""
+        ...
+
+    def image(self, record: int, px: int | None = None) -> Tensor:
+        """The picture, uint8 (3, H, W); ``px``: the side it will be shown at, so that decoding may shrink it."""
+        ...
+
+    def texts(self, record: int) -> list[np.ndarray]:
+        """Ids of every caption, without specials (kind ``pair``)."""
+        ...
+
+    def window(self, record: int) -> np.ndarray:
+        """Ids of a window of text, without specials (kind ``text``)."""
+        ...
+
+
+class Scenes:
+    """The embedded scenes as a source of pairs."""
+
+    kind = "pair"
+    blocks = None
+
+    def __init__(self, scenes: builtin.SceneSet, tokenizer: TextTokenizer) -> None:
+        self.images = torch.from_numpy(scenes.images)
+        ids = iter(tokenizer.batch([caption for captions in scenes.captions for caption in captions]))
+        self.ids = [[next(ids) for _ in captions] for captions in scenes.captions]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, record: int) -> str:
+        """Name of a scene."""
+        return f"scene {record}"
+
+    def image(self, record: int, px: int | None = None) -> Tensor:
+        """The scene, uint8 (3, 64, 64)."""
+        return self.images[record]
+
+    def texts(self, record: int) -> list[np.ndarray]:
+        """Its captions."""
+        return self.ids[record]
+
+    def window(self, record: int) -> np.ndarray:
+        """Its first caption."""
+        return self.ids[record][0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Everything a run reads: sources and their weights by kind, the tokenizer, and a hash of it all.
+
+    Pictures alone and texts alone are those of the pairs where there are no others.
+    """
+
+    sources: Mapping[str, Sequence[Source]]
+    weights: Mapping[str, Sequence[float] | None]
+    tokenizer: TextTokenizer
+    hash: str
+
+    def words(self, data: Data) -> Words:
+        """What collate needs to know of the vocabulary."""
+        t = self.tokenizer
+        return Words(
+            bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.unk + 1, stop=t.hide,
+            longest=data.text_tokens, window=data.window,
+        )  # fmt: skip
+
+
+def scene_corpus(seed: int) -> Corpus:
+    """The embedded scenes of the training writers, and a tokenizer trained on their captions."""
+    scenes = builtin.scenes("train", SCENES, seed=seed)
+    tokenizer = TextTokenizer.train((c for captions in scenes.captions for c in captions), vocab=512, model="bpe")
+    digest = hashlib.sha256(scenes.images.tobytes() + tokenizer.hash.encode()).hexdigest()
+    source = Scenes(scenes, tokenizer)
+    return Corpus(
+        sources={kind: [source] for kind in KINDS},
+        weights=dict.fromkeys(KINDS),
+        tokenizer=tokenizer,
+        hash=digest,
+    )
+
+
+def open_corpus(data: Data, folder: Path, split: str | None = None) -> Corpus:
+    """The indexed records of ``data.root`` and ``data.more``; what is not an index yet is indexed below ``folder``.
+
+    ``split``: which split to take instead of ``data.split``. One tokenizer serves all roots: ``data.tokenizer``, else
+    that of the first index that has texts, else one trained on the first root's texts.
+    Raises ConfigError when indices were made with different tokenizers, DataError (65) over ``data.max_bad``.
+    """
+    assert data.root is not None
+    tokenizer = TextTokenizer.load(data.tokenizer) if data.tokenizer else None
+    sources: dict[str, list[Source]] = {kind: [] for kind in KINDS}
+    weights: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    hashes = []
+    for root, weight in {data.root: 1.0, **data.more}.items():
+        found = _index(Path(root), split or data.split, folder, tokenizer, data)
+        if found.tokenizer is not None:
+            tokenizer = tokenizer or found.tokenizer
+            if tokenizer.hash != found.tokenizer.hash:
+                raise ConfigError(
+                    f"{root} was indexed with tokenizer {found.tokenizer.hash[:12]}, expected {tokenizer.hash[:12]} of "
+                    "the others: index it again with --tokenizer"
+                )
+        for source in found.sources:
+            sources[source.kind].append(source)
+            weights[source.kind].append(weight)
+        hashes.append(found.hash)
+    if tokenizer is None:
+        raise ConfigError(f"{data.root} has no texts and data.tokenizer names none: masked words need one")
+    for kind in ("image", "text"):
+        sources[kind] = sources[kind] or sources["pair"]
+        weights[kind] = weights[kind] or weights["pair"]
+    return Corpus(
+        sources=sources,
+        weights={kind: own if data.more else None for kind, own in weights.items()},
+        tokenizer=tokenizer,
+        hash=hashlib.sha256("".join([*hashes, tokenizer.hash]).encode()).hexdigest(),
+    )
+
+
+def default_split(root: Path) -> str | None:
+    """``train`` where a root has several splits, None where it has one or none."""
+    try:
+        discover(root)
+    except ConfigError:
+        return "train"
+    return None
+
+
+def _index(root: Path, split: str | None, folder: Path, tokenizer: TextTokenizer | None, data: Data) -> Index:
+    """Open a root that is an index, or the index of it below ``folder``, or make that one."""
+    if (root / "manifest.json").is_file():
+        return Index.open(root)
+    split = split or default_split(root)
+    own = folder / f"{root.name or 'data'}-{split or 'all'}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"
+    if (own / "manifest.json").is_file():
+        return Index.open(own)
+    return build(
+        root, own, split=split, tokenizer=tokenizer, vocab=data.vocab, window=data.window,
+        max_bad_fraction=data.max_bad, workers=data.workers,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """``load(kind, source, record, epoch)``: the sample, everything random in it drawn from (seed, epoch, record).
+
+    ``views``: how pictures of a kind are shown; ``stored``: by kind, for every source its stored views, or None.
+    """
+
+    corpus: Corpus
+    views: Mapping[str, View]
+    seed: int
+    stored: Mapping[str, Sequence[StoredViews | None]] = field(default_factory=dict)
+
+    def __call__(self, kind: str, source: int, record: int, epoch: int) -> Sample:
+        """Read, choose a caption, draw the view."""
+        rng = generator(self.seed, kind, source, epoch, record)
+        origin = self.corpus.sources[kind][source]
+        image = code = text = None
+        if kind != "text":
+            image, code = self.picture(kind, source, record, rng)
+        if kind != "image":
+            captions = [origin.window(record)] if origin.kind == "text" else origin.texts(record)
+            text = captions[int(rng.integers(len(captions)))]
+        return Sample(image=image, text=text, code=code, record=record, rng=rng)
+
+    def picture(
+        self, kind: str, source: int, record: int, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """A view of a picture, and its visual tokens if the view is a stored one."""
+        origin, view = self.corpus.sources[kind][source], self.views[kind]
+        stored = self.stored[kind][source] if kind in self.stored else None
+        if stored is None:
+            return view(origin.image(record, view.source_px), rng), None
+        image, code = stored.draw(origin.image(record), record, view.px, rng)
+        return (colour_jitter(image, view.jitter, rng) if view.jitter else image), code
+
+
+def fit_patch_codebook(sources: Sequence[Source], codes: int, patch: int, view: View, seed: int) -> np.ndarray:
+    """Mean patches by k-means over pictures of the sources: float32 (codes, 3 * patch * patch) in [0, 1].
+
+    Seconds, with scikit-learn (extra ``quickstart``). Raises ConfigError when it is not installed, or when there are
+    fewer patches than codes.
+    """
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise ConfigError('a patch codebook needs scikit-learn: pip install "multiway[quickstart]"') from error
+    rng = generator(seed, "codebook")
+    total = sum(len(source) for source in sources)
+    patches = []
+    for number in np.sort(rng.choice(total, min(total, FIT_PICTURES), replace=False)):
+        source = 0
+        while number >= len(sources[source]):
+            number, source = number - len(sources[source]), source + 1
+        image = view(sources[source].image(int(number), view.source_px), rng)
+        rows = image.unfold(1, patch, patch).unfold(2, patch, patch).permute(1, 2, 0, 3, 4)
+        patches.append(rows.reshape(-1, 3 * patch * patch).numpy())
+    flat = np.concatenate(patches)
+    if len(flat) < codes:
+        raise ConfigError(f"{len(flat)} patches cannot make {codes} codes: lower model.codes, or give more pictures")
+    flat = flat[rng.choice(len(flat), min(len(flat), FIT_PATCHES), replace=False)].astype(np.float32) / 255
+    means = MiniBatchKMeans(codes, random_state=0, n_init=1, batch_size=2048, max_iter=20).fit(flat)
+    return means.cluster_centers_.astype(np.float32)
+
+
+def describe(corpus: Corpus) -> dict[str, Any]:
+    """Records of each kind, for logs."""
+    return {kind: sum(len(source) for source in sources) for kind, sources in corpus.sources.items()}

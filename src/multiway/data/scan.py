@@ -1,0 +1,215 @@
+"""The one pass over raw data: read, validate, decode, hash and measure every record, here or in other processes."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing as mp
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+
+from multiway.data.image import Limits, open_picture
+from multiway.data.records import Fault, Fingerprint, Ignored, Record, Span, content_hash, read_bytes
+from multiway.data.sources import RawSource
+from multiway.data.text import MAX_CHARS, sanitize
+from multiway.errors import DataError, RecordError
+
+BATCH = 512  # records handed to the processes at once
+EXAMPLES = 3
+
+
+class Measured(NamedTuple):
+    """A record that is good. ``texts`` are sanitized; the rest is None for a text alone."""
+
+    record: Record
+    texts: tuple[str, ...]
+    notes: tuple[str, ...]
+    fingerprint: Fingerprint | None = None
+    span: Span | None = None
+    size: tuple[int, int] | None = None
+    image_hash: bytes | None = None
+
+
+@dataclass
+class Report:
+    """What the pass found: ``seen`` records are ``indexed`` (by source and kind) or faults.
+
+    ``notes``: how often each rule changed something; ``ignored``: files and shard members by suffix that no rule
+    reads; ``faults``: bad records and damaged shards; ``shards``: tar shards looked at. ``missing_counts``: whether a
+    record whose picture is not there is a bad one.
+    """
+
+    seen: int = 0
+    shards: int = 0
+    indexed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    faults: list[Fault] = field(default_factory=list)
+    missing_counts: bool = True
+
+    @property
+    def quarantined(self) -> int:
+        """Number of bad records, missing pictures among them."""
+        return sum(not fault.shard for fault in self.faults)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Number of faults by reason, damaged shards included."""
+        return Counter(fault.reason for fault in self.faults)
+
+    def require(self, max_bad_fraction: float, max_bad_shards: float) -> None:
+        """Raise DataError when too many records or shards are bad, or nothing is left."""
+        bad = [f for f in self.faults if not f.shard and (self.missing_counts or f.reason != "missing")]
+        damaged = {fault.where.file for fault in self.faults if fault.shard}
+        too_many = len(bad) > max_bad_fraction * self.seen or len(damaged) > max_bad_shards * self.shards
+        if not too_many and sum(self.indexed.values()):
+            return
+        reasons = ", ".join(f"{reason} {n}" for reason, n in self.reasons.most_common()) or "no reason"
+        examples = "".join(f"\n  {fault}" for fault in self.faults[:EXAMPLES])
+        raise DataError(
+            f"{len(bad)} of {self.seen} records and {len(damaged)} of {self.shards} shards are bad ({reasons}), "
+            f"{sum(self.indexed.values())} records are good. Expected at most {max_bad_fraction:.2%} of the records "
+            f"and {max_bad_shards:.0%} of the shards, and a good one. The first:{examples}"
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """The counts as plain values."""
+        return {
+            "seen": self.seen,
+            "indexed": sum(self.indexed.values()),
+            "quarantined": self.quarantined,
+            "reasons": dict(sorted(self.reasons.items())),
+            "notes": dict(sorted(self.notes.items())),
+            "ignored": dict(sorted(self.ignored.items())),
+            "shards": self.shards,
+        }
+
+
+def inspect(item: Record, limits: Limits) -> Measured | Fault:
+    """Validate and measure one record: its texts are cleaned, its picture is read, hashed and decoded in full."""
+    stage = "validate"
+    try:
+        texts, notes = clean(item)
+        if item.image is None:
+            return Measured(item, texts, notes)
+        stage = "read"
+        file, offset, length = item.image
+        if length is not None:
+            limits.check_bytes(length)
+        content = read_bytes(item.root / file, offset, length, most=limits.max_bytes)
+        stage = "decode"
+        picture, more = open_picture(content.data, limits)
+        notes += more + ("read_again",) * content.retries
+        digest = content_hash(content.data)
+        span = Span(file, offset, len(content.data))
+        return Measured(item, texts, notes, content.fingerprint, span, picture.size, digest)
+    except RecordError as error:
+        return Fault.of(error, item.where, stage)
+
+
+def clean(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The record's texts after sanitizing, empty ones dropped, and the notes of what that changed.
+
+    A text without a picture is a document: it is cut into pieces of MAX_CHARS, so that nothing of it is lost.
+
+    Raises RecordError (``empty_text``) when there were texts and none is left.
+    """
+    texts, notes = [], []
+    given = record.texts
+    if record.image is None:
+        given = [text[i : i + MAX_CHARS] for text in given for i in range(0, len(text) or 1, MAX_CHARS)]
+    for text, changes in map(sanitize, given):
+        notes += changes
+        if text:
+            texts.append(text)
+        else:
+            notes.append("empty_text_dropped")
+    if record.texts and not texts:
+        raise RecordError(f"no text is left of {record.texts[0][:40]!r}", reason="empty_text")
+    return tuple(texts), tuple(notes)
+
+
+def scan(
+    sources: Sequence[RawSource], report: Report, *, limits: Limits, workers: int = 0, progress: bool = False
+) -> Iterator[tuple[RawSource, Measured]]:
+    """Yield every good record of the sources in order; faults and counts go to the report.
+
+    ``workers``: processes that decode, 0 = this one; the result does not depend on it. ``progress``: show a bar with
+    rate and time left on the terminal.
+    """
+    report.shards = sum(len(source.files) for source in sources if source.format == "tar")
+    total = sum(isinstance(item, Record) for source in sources for item in source) if progress else None
+    with _bar(progress) as bar, _pool(workers) as pool:
+        task = bar.add_task("index", total=total) if bar else None
+        for source in sources:
+            records = _records(source, report)
+            while batch := list(itertools.islice(records, BATCH)):
+                for result in _inspect(batch, limits, pool):
+                    if isinstance(result, Fault):
+                        report.faults.append(result)
+                        continue
+                    report.indexed[source.name, result.record.kind] += 1
+                    report.notes.update(result.notes)
+                    yield source, result
+                if bar and task is not None:
+                    bar.advance(task, len(batch))
+
+
+def _records(source: RawSource, report: Report) -> Iterator[Record]:
+    """The records among a source's items; the others are counted."""
+    for item in source:
+        if isinstance(item, Record):
+            report.seen += 1
+            yield item
+        elif isinstance(item, Ignored):
+            report.ignored[PurePosixPath(item.file).suffix or PurePosixPath(item.file).name] += 1
+        else:
+            report.seen += not item.shard
+            report.faults.append(item)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor | nullcontext[None]:
+    """Processes for untrusted bytes, forked off a clean server."""
+    if not workers:
+        return nullcontext()
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(workers, mp_context=context)
+
+
+def _inspect(batch: list[Record], limits: Limits, pool: Executor | None) -> Iterable[Measured | Fault]:
+    """Inspect a batch, in order. Raises DataError when a process dies over it."""
+    if pool is None:
+        return (inspect(record, limits) for record in batch)
+    try:
+        return list(pool.map(partial(inspect, limits=limits), batch, chunksize=16))
+    except BrokenProcessPool as error:
+        first, last = batch[0].where, batch[-1].where
+        raise DataError(
+            f"a decoding process died at one of {len(batch)} records from {first.file} {first.key} to {last.file} "
+            f"{last.key}, for want of memory or over a picture: take fewer workers, or none to see which it is"
+        ) from error
+
+
+class _Rate(ProgressColumn):
+    """Records per second."""
+
+    def render(self, task: Task) -> str:
+        return f"{task.speed or 0:,.0f}/s"
+
+
+def _bar(shown: bool) -> Progress | nullcontext[None]:
+    if not shown:
+        return nullcontext()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(file=sys.stderr))

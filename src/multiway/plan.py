@@ -1,0 +1,239 @@
+"""Where the tokens of a batch lie: one matrix of real tokens, modality by modality, and the sequences among them.
+
+Every modality's real tokens form one contiguous block of rows, without padding, in the order
+``image of image-only | image of pairs | text of pairs | text of text-only``, so that the vision expert, the language
+expert and the vision-language expert each own ONE slice of the matrix and run one GEMM per projection. Only attention
+sees the samples: each kind of sample is a :class:`Group`, gathered to (B, N, D) and padded to its longest.
+
+A plan is made once, when the batch is collated, on the CPU; sizes are Python ints, indices are tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """A run of rows of one modality in one kind of sample."""
+
+    modality: str
+    kind: str
+    samples: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sequences of one kind of sample, among whose tokens attention runs.
+
+    ``kind``; ``rows``: how many rows of the matrix it owns; ``samples`` B; ``length`` N, its longest sequence.
+    ``index``: int64 (B * N,), the group's row at every place of the padded layout (0 at padding), or None when the
+    rows already are the layout. ``inverse``: int64 (rows,), the place of every row. ``keep``: bool (B, 1, 1 or N, N),
+    True = query may attend to key, or None when every token sees every other.
+    """
+
+    kind: str
+    rows: int
+    samples: int
+    length: int
+    index: Tensor | None
+    inverse: Tensor | None
+    keep: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of one batch.
+
+    ``segments`` in row order; ``groups`` in row order; ``position``: int64 (R,), place of each row in its own
+    modality's sequence, from 0; ``sample``: int64 (R,), number of each row's sample in the batch (image-only samples
+    first, then pairs, then text-only); ``starts``: modality -> int64 (B,), row of the first token of each sequence.
+    """
+
+    segments: tuple[Segment, ...]
+    groups: tuple[Group, ...]
+    position: Tensor
+    sample: Tensor
+    starts: Mapping[str, Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Number of real tokens in the batch."""
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of all kinds."""
+        return sum(group.samples for group in self.groups)
+
+    def extent(self, modality: str) -> tuple[int, int]:
+        """First row and one past the last row of a modality; (0, 0) when the batch has none of it."""
+        start = 0
+        for segment in self.segments:
+            if segment.modality == modality:
+                more = sum(s.rows for s in self.segments if s.modality == modality)
+                return start, start + more
+            start += segment.rows
+        return 0, 0
+
+    def part(self, modality: str, kind: str) -> int:
+        """Number of rows of a modality in one kind of sample."""
+        return sum(s.rows for s in self.segments if (s.modality, s.kind) == (modality, kind))
+
+    def runs(self, experts: Sequence[str]) -> list[tuple[str, int]]:
+        """Split the rows among experts: (expert, number of consecutive rows), in row order.
+
+        A segment goes to the expert named after its kind of sample if there is one and the kind is joint, else to
+        the one of its modality, else to ``"shared"``.
+        """
+        runs: list[tuple[str, int]] = []
+        for modality, kind, _, rows in self.segments:
+            joint = kind not in (modality,) and kind in experts
+            name = kind if joint else modality if modality in experts else "shared"
+            if runs and runs[-1][0] == name:
+                runs[-1] = (name, runs[-1][1] + rows)
+            else:
+                runs.append((name, rows))
+        return runs
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
+        """Return the plan with its tensors on ``device``."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        groups = tuple(
+            dataclasses.replace(g, index=moved(g.index), inverse=moved(g.inverse), keep=moved(g.keep))
+            for g in self.groups
+        )
+        starts = {name: x.to(device, non_blocking=non_blocking) for name, x in self.starts.items()}
+        position = self.position.to(device, non_blocking=non_blocking)
+        sample = self.sample.to(device, non_blocking=non_blocking)
+        return Plan(self.segments, groups, position, sample, starts)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The real tokens of a batch and their plan: what an encoder returns and every head reads.
+
+    ``values``: (R, D), one row per real token.
+    """
+
+    values: Tensor
+    plan: Plan
+
+    def prefix(self, modality: str) -> Tensor:
+        """First token of every sequence of a modality (the class token): (B, D)."""
+        return self.values.index_select(0, self.plan.starts[modality])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows at ``index`` (M,): (M, D)."""
+        return self.values.index_select(0, index)
+
+    def dense(self, modality: str) -> tuple[Tensor, Tensor]:
+        """A modality as a padded batch: values (B, N, D), zero at padding, and pad (B, N), True = padding."""
+        start, stop = self.plan.extent(modality)
+        first = self.plan.starts[modality] - start
+        position = self.plan.position[start:stop]
+        sequence = torch.searchsorted(first, torch.arange(stop - start, device=first.device), right=True) - 1
+        length = int(position.max()) + 1
+        values = self.values.new_zeros(len(first), length, self.values.shape[1])
+        values = values.index_put((sequence, position), self.values[start:stop])
+        pad = torch.ones(len(first), length, dtype=torch.bool, device=first.device)
+        return values, pad.index_put((sequence, position), torch.zeros((), dtype=torch.bool, device=first.device))
+
+
+Lengths = Sequence[int] | np.ndarray
+
+
+def make_plan(kinds: Mapping[str, Mapping[str, Lengths]], *, causal_text: bool = False) -> Plan:
+    """Lay out a batch.
+
+    ``kinds``: for every kind of sample, the number of tokens of each of its modalities, per sample; modalities of a
+    joint kind in the order of the joint sequence. The canonical order is that of the mapping, for instance
+    ``{"image": {"image": [17, 17]}, "pair": {"image": [17], "text": [9]}, "text": {"text": [12, 5]}}``; kinds without
+    samples are left out. ``causal_text``: text tokens see the whole image and the text up to themselves, image tokens
+    see the image alone (captioning).
+
+    Raises ValueError when the modalities of a kind disagree about the number of samples or a length is below 1.
+    """
+    segments: list[Segment] = []
+    groups: list[Group] = []
+    positions: list[np.ndarray] = []
+    samples: list[np.ndarray] = []
+    starts: dict[str, list[np.ndarray]] = {}
+    rows = first_sample = 0
+    for kind, modalities in kinds.items():
+        lengths = {name: np.asarray(n, dtype=np.int64) for name, n in modalities.items()}
+        sizes = {len(n) for n in lengths.values()}
+        if len(sizes) != 1 or any((n < 1).any() for n in lengths.values()):
+            raise ValueError(f"plan of {kind!r}: every modality needs one length >= 1 per sample, got {lengths}")
+        count = sizes.pop()
+        if count == 0:
+            continue
+        group_samples, group_positions = [], []
+        for name, n in lengths.items():
+            begin = np.cumsum(n) - n
+            group_samples.append(np.repeat(np.arange(count), n))
+            group_positions.append(np.arange(n.sum()) - np.repeat(begin, n))
+            starts.setdefault(name, []).append(begin + rows)
+            segments.append(Segment(name, kind, count, int(n.sum())))
+            rows += int(n.sum())
+        groups.append(_group(kind, list(lengths.items()), group_samples, group_positions, causal_text))
+        positions += group_positions
+        samples += [s + first_sample for s in group_samples]
+        first_sample += count
+    return Plan(
+        tuple(segments),
+        tuple(groups),
+        torch.from_numpy(np.concatenate(positions)),
+        torch.from_numpy(np.concatenate(samples)),
+        {name: torch.from_numpy(np.concatenate(x)) for name, x in starts.items()},
+    )
+
+
+def _group(
+    kind: str,
+    lengths: list[tuple[str, np.ndarray]],
+    samples: list[np.ndarray],
+    positions: list[np.ndarray],
+    causal_text: bool,
+) -> Group:
+    """Index, inverse and visibility of one kind's sequences; all None where the rows already are (B, N)."""
+    total = sum(n for _, n in lengths)
+    count, longest, rows = len(total), int(total.max()), int(total.sum())
+    ragged = rows != count * longest
+    before = np.zeros(count, np.int64)  # tokens of earlier modalities in each sample's joint sequence
+    places = []
+    for (_, n), sample, position in zip(lengths, samples, positions, strict=True):
+        places.append(sample * longest + before[sample] + position)
+        before = before + n
+    inverse = np.concatenate(places)
+    keep = None
+    if ragged:
+        keep = (np.arange(longest) < total[:, None])[:, None, None, :]
+    if causal_text and any(name == "text" for name, _ in lengths):
+        image = sum((n for name, n in lengths if name != "text"), np.zeros(count, np.int64))
+        query, key = np.arange(longest)[:, None], np.arange(longest)
+        sees = (key < image[:, None, None]) | ((key <= query) & (query >= image[:, None, None]))
+        keep = sees[:, None] if keep is None else sees[:, None] & keep
+    if len(lengths) == 1 and not ragged:
+        return Group(kind, rows, count, longest, None, None, None if keep is None else torch.from_numpy(keep))
+    index = np.zeros(count * longest, np.int64)
+    index[inverse] = np.arange(rows)
+    return Group(
+        kind,
+        rows,
+        count,
+        longest,
+        torch.from_numpy(index),
+        torch.from_numpy(inverse),
+        None if keep is None else torch.from_numpy(np.ascontiguousarray(keep)),
+    )

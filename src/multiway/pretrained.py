@@ -1,0 +1,419 @@
+"""Models by name, and as Hugging Face folders: made, saved, loaded, and asked for vectors.
+
+A folder holds everything a model needs to be used: ``config.json`` (which system, and its config),
+``model.safetensors`` (or numbered parts and their index), ``tokenizer.json``, ``preprocessor_config.json``
+(:class:`Preprocessor`) and ``README.md`` (the card). All of it is data with a closed schema; nothing in it is ever run.
+
+The names of models are those of ``PRESETS`` in every module of :mod:`multiway.systems`, found by reading that folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from multiway import config as settings
+from multiway import systems
+from multiway.data.image import CONVERTED_MODES, Limits, View, decode
+from multiway.data.records import parse_json, read_bytes
+from multiway.data.text import TextTokenizer
+from multiway.errors import ConfigError, MissingInputError, RecordError, WriteError
+from multiway.weights.card import model_card
+from multiway.weights.io import read_weights, unlike, write, write_weights
+
+T = TypeVar("T")
+
+FORMAT = 1
+TEXT_TOKENS = 64
+"""Longest text a model reads unless its preprocessor says otherwise, with ``<s>`` and ``</s>``."""
+BATCH = 64
+
+CONFIG, TOKENIZER, PREPROCESSOR, CARD = "config.json", "tokenizer.json", "preprocessor_config.json", "README.md"
+HUB_FILES = [CONFIG, TOKENIZER, PREPROCESSOR, "model*.safetensors", "model.safetensors.index.json"]
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+Picture = str | Path | bytes | Image.Image | Tensor
+"""A file, the bytes of one, a Pillow picture, or uint8 (3, H, W)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessor:
+    """How pictures and texts become inputs: the content of ``preprocessor_config.json``.
+
+    ``image_px``: side in pixels; ``mean``, ``std``: per RGB channel in [0, 1], what the model itself subtracts and
+    divides by (stated for other programs); ``interpolation``: of the resize, always antialiased; ``text_tokens``:
+    longest text with its ``<s>`` and ``</s>``; then the tokenizer's special ids, None without one.
+    """
+
+    image_px: int
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: Literal["bicubic"] = "bicubic"
+    text_tokens: int = TEXT_TOKENS
+    bos: int | None = None
+    pad: int | None = None
+    eos: int | None = None
+    unk: int | None = None
+    hide: int | None = None
+
+    @classmethod
+    def of(cls, shape: Any, tokenizer: TextTokenizer | None, given: Mapping[str, Any] | None = None) -> Preprocessor:
+        """The preprocessor of a model with config ``shape``, with the ``given`` values instead of the usual ones.
+
+        Raises ConfigError for an unknown or mistyped value, and for one that does not fit model and tokenizer.
+        """
+        ids: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in ("bos", "pad", "eos", "unk", "hide")}
+        longest = getattr(shape, "text_positions", TEXT_TOKENS + 2) - 2
+        usual = cls(image_px=shape.image_px, text_tokens=min(TEXT_TOKENS, longest), **ids)
+        result = settings.apply(usual, given or {})
+        fixed = ("image_px", "mean", "std", *ids)
+        wrong = {name: getattr(result, name) for name in fixed if getattr(result, name) != getattr(usual, name)}
+        if wrong:
+            expected = {name: getattr(usual, name) for name in wrong}
+            raise ConfigError(f"preprocessor says {wrong}, but the model and its tokenizer have {expected}")
+        if not 2 <= result.text_tokens <= longest:
+            raise ConfigError(f"preprocessor: text_tokens is {result.text_tokens}, expected 2 to {longest}")
+        if tokenizer is not None and tokenizer.vocab > getattr(shape, "vocab", tokenizer.vocab):
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab} ids, more than the {shape.vocab} rows of the model")
+        return result
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with everything that belongs to it: what :func:`load` returns.
+
+    ``name``: the folder or hub id it came from; ``precision``: of the matrix products, ``"bf16"`` runs under autocast.
+    """
+
+    model: nn.Module
+    tokenizer: TextTokenizer | None
+    preprocessor: Preprocessor
+    name: str = ""
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of config, preprocessor, tokenizer and weights: equal ones give comparable vectors."""
+        described = {**_described(self.model), **dataclasses.asdict(self.preprocessor)}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        digest.update(self.tokenizer.hash.encode() if self.tokenizer else b"")
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def picture(self, picture: Picture) -> Tensor:
+        """One picture as the model sees it: uint8 (3, image_px, image_px).
+
+        Raises MissingInputError for a file that is not there, RecordError for one that is not a usable picture.
+        """
+        view = View(px=self.preprocessor.image_px)
+        if isinstance(picture, Tensor):
+            if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) != 3:
+                shape = f"{picture.dtype} {tuple(picture.shape)}"
+                raise ConfigError(f"a picture as a tensor is uint8 (3, H, W), RGB; this one is {shape}")
+            return view(picture)
+        if isinstance(picture, Image.Image):
+            picture = _encoded(picture)
+        if isinstance(picture, bytes):
+            return view(decode(picture, px=view.source_px).image)
+        if not Path(picture).exists():
+            raise MissingInputError(f"{picture}: no such picture")
+        try:
+            data = read_bytes(Path(picture).resolve(), most=Limits().max_bytes).data
+            return view(decode(data, px=view.source_px).image)
+        except RecordError as error:
+            raise RecordError(f"{picture}: {error}", reason=error.reason) from error
+
+    def encode_image(self, images: Picture | Iterable[Picture], *, batch: int = BATCH) -> Tensor:
+        """Unit vectors (N, D) float32, on the CPU, of one or many pictures; also of uint8 (N, 3, H, W).
+
+        Raises ConfigError for no picture at all, otherwise as :meth:`picture`.
+        """
+        model: Any = self.model
+        single = isinstance(images, str | Path | bytes | Image.Image) or (
+            isinstance(images, Tensor) and images.ndim == 3
+        )
+        items = iter([images] if single else images)  # type: ignore[arg-type]
+        vectors = []
+        while some := list(itertools.islice(items, batch)):
+            pixels = torch.stack([self.picture(item) for item in some]).to(self.device)
+            with torch.inference_mode(), self._precision():
+                vectors.append(model.embed(model.encode(image=pixels), "image").float().cpu())
+        return _joined(vectors, "picture")
+
+    def encode_text(self, texts: str | Sequence[str], *, batch: int = BATCH) -> Tensor:
+        """Unit vectors (N, D) float32, on the CPU, of one or many texts; texts of like length are computed together.
+
+        What is longer than the preprocessor's ``text_tokens`` is cut. Raises ConfigError for no text at all, and
+        without a tokenizer.
+        """
+        model: Any = self.model
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokenizer, longest = self.tokenizer, self.preprocessor.text_tokens
+        if tokenizer is None:
+            raise ConfigError(
+                "texts need the model's tokenizer: pass what multiway.load() returns, of a folder with one"
+            )
+        inner = [own[: longest - 2].tolist() for own in tokenizer.batch(texts)]
+        ids = [torch.tensor([tokenizer.bos, *own, tokenizer.eos]) for own in inner]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        vectors = []
+        for start in range(0, len(ids), batch):
+            some = [ids[i].to(self.device) for i in order[start : start + batch]]
+            with torch.inference_mode(), self._precision():
+                vectors.append(model.embed(model.encode(text=some), "text").float().cpu())
+        joined = _joined(vectors, "text")
+        return torch.empty_like(joined).index_copy_(0, torch.tensor(order), joined)
+
+    def save_pretrained(self, folder: str | Path, *, card: Mapping[str, Any] | str = "") -> None:
+        """:func:`save_pretrained` of all its parts."""
+        given = dataclasses.asdict(self.preprocessor)
+        save_pretrained(self.model, folder, tokenizer=self.tokenizer, preprocessor=given, card=card)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def encode(
+    model: Pretrained | nn.Module,
+    *,
+    image: Picture | Iterable[Picture] | None = None,
+    text: str | Sequence[str] | None = None,
+    batch: int = BATCH,
+) -> Tensor:
+    """Unit vectors (N, D) float32 of pictures or of texts: inner products are cosines, within and across both.
+
+    ``model``: what :func:`load` returns, or for pictures the bare model; exactly one of ``image`` and ``text``, one or
+    many each (:data:`Picture`), because retrieval vectors are made of either alone. ``batch``: computed at once.
+
+    Raises ConfigError for both or neither, otherwise as :meth:`Pretrained.encode_image` and its sister.
+    """
+    if not isinstance(model, Pretrained):
+        shape: Any = model.config
+        model = Pretrained(model, None, Preprocessor.of(shape, None))
+    if image is not None and text is None:
+        return model.encode_image(image, batch=batch)
+    if text is not None and image is None:
+        return model.encode_text(text, batch=batch)
+    raise ConfigError("encode takes image=... or text=..., exactly one of them: vectors are made of either alone")
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that :func:`create_model` knows and that match a pattern such as ``"beit3*"``, sorted."""
+    return sorted(fnmatch.filter(_presets(), pattern))
+
+
+def create_model(name: str, pretrained: str | Path | None = None, **overrides: Any) -> nn.Module:
+    """Make a model by name, with settings of its config overridden.
+
+    ``pretrained``: None = initialised from torch's global generator, else the folder or hub id of weights that fit
+    exactly; to take the shape from the folder too, use :func:`load`.
+
+    Raises ConfigError for an unknown name or setting, with the nearest one, or a bad value; else as :func:`load`.
+    """
+    presets = _presets()
+    if name not in presets:
+        raise ConfigError(
+            f"unknown model {name!r}{settings.nearest(name, list(presets))}; list_models() names them all"
+        )
+    system, preset = presets[name]
+    shape = settings.apply(preset, overrides)
+    if pretrained is not None:
+        return _filled(system, shape, _folder(pretrained), torch.device("cpu"))
+    model = _model_class(system)(shape)
+    model.init_weights()
+    return model
+
+
+def load(
+    source: str | Path, *, device: str | torch.device = "cpu", precision: Literal["fp32", "bf16"] = "fp32"
+) -> Pretrained:
+    """Load a model with its tokenizer and preprocessor from a folder, or by its Hugging Face hub id.
+
+    A folder of that name comes first; a hub model is downloaded once and kept by ``huggingface_hub``.
+
+    Raises MissingInputError when neither is there or a file is missing, ConfigError for settings that are unknown or do
+    not fit together, CheckpointError for weights that are damaged or belong to another shape.
+    """
+    folder = _folder(source)
+    values = _read_json(folder / CONFIG)
+    found, known = (values.pop("system", None), values.pop("format", None)), _systems()
+    if found[0] not in known or found[1] != FORMAT:
+        raise ConfigError(
+            f"{folder / CONFIG}: system {found[0]!r} in format {found[1]!r}, expected one of {', '.join(known)} in "
+            f"format {FORMAT}: it was written by another program or a later version"
+        )
+    system = known[found[0]]
+    shape = _inside(folder / CONFIG, lambda: settings.apply(system.Config(), values))
+    tokenizer = TextTokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    given = _read_json(folder / PREPROCESSOR)
+    preprocessor = _inside(folder / PREPROCESSOR, lambda: Preprocessor.of(shape, tokenizer, given))
+    model = _filled(system, shape, folder, torch.device(device)).eval()
+    return Pretrained(model, tokenizer, preprocessor, str(source), precision)
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | str = "",
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model as a Hugging Face folder that :func:`load` and the hub understand, over one that is there.
+
+    ``preprocessor``: values of :class:`Preprocessor` that differ from those model and tokenizer imply; ``card``: as
+    :func:`~multiway.weights.card.model_card` takes it; ``weights``: the state dict to write instead of the model's own
+    (averaged or gathered weights). The config goes last: a folder without it is one whose writing was cut short.
+
+    Raises ConfigError when config, weights, tokenizer and preprocessor do not fit together, WriteError when the disk
+    refuses.
+    """
+    folder = Path(folder)
+    described, shape = _described(model), getattr(model, "config")  # noqa: B009  pyright takes it for a module
+    values = Preprocessor.of(shape, tokenizer, preprocessor)
+    state = dict(model.state_dict() if weights is None else weights)
+    differences = unlike(state, _blank(_systems()[described["system"]], shape).state_dict())
+    if differences:
+        raise ConfigError(
+            f"the weights are not those of the model's config: {differences}; make the config say what it is"
+        )
+    text = model_card(described["system"], card)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (CONFIG, TOKENIZER):
+            (folder / old).unlink(missing_ok=True)
+        write_weights(folder, state)
+        if tokenizer is not None:
+            write(folder / TOKENIZER, tokenizer.save)
+        _write_text(folder / PREPROCESSOR, json.dumps(dataclasses.asdict(values), indent=2) + "\n")
+        _write_text(folder / CARD, text)
+        _write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+    except OSError as error:
+        raise WriteError(f"cannot write the model to {folder}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- systems
+
+
+@cache
+def _systems() -> dict[str, ModuleType]:
+    """Every module of the systems folder that has models, by its short name."""
+    found = [importlib.import_module(f"{systems.__name__}.{m.name}") for m in pkgutil.iter_modules(systems.__path__)]
+    return {module.__name__.rpartition(".")[2]: module for module in found if hasattr(module, "PRESETS")}
+
+
+def _presets() -> dict[str, tuple[ModuleType, Any]]:
+    return {name: (system, shape) for system in _systems().values() for name, shape in system.PRESETS.items()}
+
+
+def _model_class(system: ModuleType) -> Any:
+    """The system's model: its one class that states what it accepts."""
+    own = [x for x in vars(system).values() if isinstance(x, type) and x.__module__ == system.__name__]
+    [found] = [x for x in own if hasattr(x, "accepts")]
+    return found
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    name = type(model).__module__.rpartition(".")[2]
+    if name not in _systems():
+        raise ConfigError(f"{type(model).__name__} is no model of multiway.systems, which has {', '.join(_systems())}")
+    shape: Any = model.config
+    return {"system": name, "format": FORMAT, **settings.plain(shape)}
+
+
+def _blank(system: ModuleType, shape: Any) -> nn.Module:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return _model_class(system)(shape)
+
+
+def _filled(system: ModuleType, shape: Any, folder: Path, device: torch.device) -> nn.Module:
+    """The model with the weights of a folder, in the dtypes they were saved in."""
+    model = _blank(system, shape)
+    model.load_state_dict(read_weights(folder, model.state_dict(), device), assign=True)
+    assert not any(x.is_meta for x in itertools.chain(model.parameters(), model.buffers())), "all weights are saved"
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def _folder(source: str | Path) -> Path:
+    """The local folder, or the hub's, downloaded."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(str(source)):
+        raise MissingInputError(f"{source}: no such folder, and not a hub id such as 'owner/model'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+    except Exception as error:  # its own errors and those of its HTTP client
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise MissingInputError(f"{source}: no such folder, and the hub does not give it either ({reason})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such file; the folder is not a model's, or its writing was cut short")
+    return _inside(path, lambda: parse_json(path.read_bytes()))
+
+
+def _inside(path: Path, work: Callable[[], T]) -> T:
+    """Do some work on the content of a file, which its errors then name."""
+    try:
+        return work()
+    except (ConfigError, RecordError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------- vectors
+
+
+def _encoded(picture: Image.Image) -> bytes:
+    """A Pillow picture as a file, so that it is read by the rules of all files (transparency, 16 bits, orientation)."""
+    if picture.mode in CONVERTED_MODES:
+        picture = picture.convert("RGB")
+    buffer = io.BytesIO()
+    try:
+        picture.save(buffer, "PNG", compress_level=0, exif=picture.getexif())
+    except OSError as error:
+        raise RecordError(f"pixels of mode {picture.mode!r} have no known range: {error}", reason="mode") from error
+    return buffer.getvalue()
+
+
+def _joined(vectors: list[Tensor], what: str) -> Tensor:
+    if not vectors:
+        raise ConfigError(f"encode got no {what}, expected one or more")
+    return torch.cat(vectors)

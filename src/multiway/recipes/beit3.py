@@ -1,0 +1,437 @@
+"""Recipes of BEiT-3: masked pre-training in five sizes, contrastive tuning (``_itc``), retrieval (``_retrieval``).
+
+``multiway train beit3.NAME --out DIR`` trains one; every setting can be overridden (``multiway show beit3.NAME``).
+Figures of base, large and giant are the paper's and the released code's (masked.md 6.5, 7.1); the batch is theirs as
+well: 2048 pictures, 2048 texts and 2048 pairs in every step. Image targets are codes of a k-means patch codebook, which
+stands where the paper has BEiT-2's VQ-KD tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from multiway.data import builtin
+from multiway.data.collate import DualCollate, MaskedCollate, Sample
+from multiway.data.image import View
+from multiway.data.loader import Batches, Stream
+from multiway.data.order import generator
+from multiway.data.prepare import Corpus, Load, fit_patch_codebook, open_corpus, scene_corpus
+from multiway.data.views import StoredViews, store_views, views_hash
+from multiway.engine.log import CONSOLE
+from multiway.engine.train import Job
+from multiway.errors import ConfigError
+from multiway.nn.quantize import PatchCodebook
+from multiway import pretrained
+from multiway.pretrained import Preprocessor, Pretrained
+from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
+from multiway.systems.beit3 import PRESETS, BEiT3, MaskedAndContrast, MaskedDataModeling
+from multiway.tasks import fill, retrieval, zero_shot
+from multiway.types import Objective
+
+VALIDATION = 1000
+"""Held-out scenes or pictures an evaluation uses at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked:
+    """Masked data modelling. Ratios: share of patches, of words of texts, and of words of pairs that are hidden.
+    ``weights``: of the losses ``image pair_image pair_text text contrast``, 1 where not named. ``views``: views of each
+    picture whose codes are stored before training, 0 = codes are computed while training. ``contrast``: also match
+    pictures and texts apart; then the share ``joint`` of a step's pairs is read jointly."""
+
+    image_ratio: float = 0.4
+    text_ratio: float = 0.15
+    pair_ratio: float = 0.5
+    weights: dict[str, float] = field(default_factory=dict)
+    views: int = 0
+    contrast: bool = False
+    joint: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """Match pictures and texts, each encoded alone; nothing to set."""
+
+
+# ---------------------------------------------------------------------------------------------------- pre-training
+
+
+def quick() -> Run:
+    """Masked data modelling and contrast on the embedded scenes: two CPU cores, three minutes. `make quickstart` runs it.
+
+    Command: ``multiway train beit3.quick --out runs/quick``. Data: handwritten digits in generated scenes, made on the
+    spot, or ``--data.root`` any folder of pictures with captions. Sizes and rates are ours, found by prototypes: narrow,
+    few layers, wide initial weights, because in three minutes the number of steps decides.
+    """
+    return Run(
+        recipe="beit3.quick",
+        model=PRESETS["beit3_tiny_patch16_64"],
+        objective=Masked(views=1, contrast=True, joint=0.25),
+        data=Data(
+            images=24, texts=24, pairs=96, vocab=512, text_tokens=64, window=64,
+            image_scale=1.0, pair_scale=1.0, flip=False, jitter=0.0,
+        ),
+        optim=Optim(lr=3e-3),
+        schedule=Schedule(steps=1500, warmup=100, final_lr=3e-5),
+        parallel=Parallel(precision="fp32"),
+        checkpoint=Checkpoint(every=500),
+    )  # fmt: skip
+
+
+def small() -> Run:
+    """Masked data modelling for one GPU and hours. Not yet run by us.
+
+    Command: ``multiway train beit3.small --data.root DIR --out runs/small``. The batch is a sixteenth of the paper's and
+    the rate its square-root share (masked.md 7.2, choice 24); the schedule is ours.
+    """
+    return Run(
+        recipe="beit3.small",
+        model=PRESETS["beit3_small_patch16_224"],
+        objective=Masked(),
+        data=Data(images=128, texts=128, pairs=128, window=128, workers=8),
+        optim=Optim(lr=2.5e-4),
+        schedule=Schedule(steps=100_000, warmup=2_000),
+    )
+
+
+def base() -> Run:
+    """The paper's pre-training at the released base size (decoupled). Hardware: 8 or more GPUs. Not yet run by us.
+
+    Command: ``torchrun --nproc-per-node 8 -m multiway train beit3.base --data.root DIR --out runs/base``.
+    Source: masked.md 7.1; precision, crops and text lengths from 7.2.
+    """
+    return Run(
+        recipe="beit3.base",
+        model=PRESETS["beit3_base_patch16_224"],
+        objective=Masked(),
+        data=Data(images=2048, texts=2048, pairs=2048, workers=8),
+        parallel=Parallel(micro=8),
+    )
+
+
+def large() -> Run:
+    """The paper's pre-training at the released large size (decoupled). Hardware: 32 or more GPUs. Not yet run by us.
+
+    Command: ``torchrun ... -m multiway train beit3.large --data.root DIR --out runs/large``. Source: as base.
+    """
+    parallel = Parallel(micro=8, recompute=24)
+    return dataclasses.replace(
+        base(), recipe="beit3.large", model=PRESETS["beit3_large_patch16_224"], parallel=parallel
+    )
+
+
+def giant() -> Run:
+    """The paper's giant: shared attention, vision-language experts in the top 3 layers. Not yet run by us.
+
+    Command: ``torchrun ... -m multiway train beit3.giant --data.root DIR --out runs/giant``. Hardware: 64 or more GPUs.
+    Source: masked.md 6.1, 7.1.
+    """
+    parallel = Parallel(micro=8, recompute=40)
+    return dataclasses.replace(
+        base(), recipe="beit3.giant", model=PRESETS["beit3_giant_patch14_224"], parallel=parallel
+    )
+
+
+# ------------------------------------------------------------------------------------- contrastive tuning, retrieval
+
+
+def _contrast(run: Run, name: str, drop_path: float, **changes: Any) -> Run:
+    """A run that tunes ``run``'s model with contrast: no masked heads, pairs alone."""
+    model = dataclasses.replace(run.model, masked=False, contrast=True, drop_path=drop_path)
+    return dataclasses.replace(run, recipe=f"beit3.{name}", model=model, objective=Contrast(), **changes)
+
+
+def _itc(run: Run, decay: float, pairs: int, steps: int, warmup: int) -> Run:
+    """Contrastive tuning: rate, decay and drop path of the paper's giant (masked.md 6.5), which the released files share."""
+    return _contrast(
+        run, f"{run.recipe.split('.')[1]}_itc", 0.3,
+        data=dataclasses.replace(run.data, images=0, texts=0, pairs=pairs),
+        optim=Optim(lr=3e-5, betas=(0.9, 0.999), eps=1e-8, layer_decay=decay, clip=0.0),
+        schedule=Schedule(steps=steps, warmup=warmup, final_lr=1e-6),
+        parallel=dataclasses.replace(run.parallel, micro=1),
+    )  # fmt: skip
+
+
+def _retrieval(run: Run, lr: float, decay: float, drop_path: float, pairs: int = 3072) -> Run:
+    """Fine-tuning for COCO retrieval as released (masked.md 6.5): 384 px, 15 epochs of 113,287 pictures, 3 of warm-up."""
+    itc = _contrast(run, f"{run.recipe.split('.')[1]}_retrieval", drop_path)
+    epoch = round(113_287 / pairs)
+    return dataclasses.replace(
+        itc,
+        model=dataclasses.replace(itc.model, image_px=384 // run.model.patch * run.model.patch),
+        data=dataclasses.replace(run.data, images=0, texts=0, pairs=pairs, jitter=0.0),
+        optim=Optim(lr=lr, betas=(0.9, 0.999), eps=1e-8, layer_decay=decay, clip=0.0),
+        schedule=Schedule(steps=15 * epoch, warmup=3 * epoch, final_lr=1e-6),
+        parallel=dataclasses.replace(run.parallel, micro=1),
+    )
+
+
+def quick_itc() -> Run:
+    """Contrastive tuning of a quick model: ``--init DIR/final``. Two CPU cores, minutes. Not yet run by us."""
+    run = _itc(quick(), decay=1.0, pairs=128, steps=600, warmup=60)
+    model = dataclasses.replace(run.model, drop_path=0.0)
+    return dataclasses.replace(run, model=model, optim=Optim(lr=2e-3), schedule=Schedule(steps=600, warmup=60))
+
+
+def quick_retrieval() -> Run:
+    """Retrieval fine-tuning of a quick model on your own pairs: ``--init DIR/final --data.root DIR``. Not yet run by us."""
+    run = quick_itc()
+    data = dataclasses.replace(run.data, pair_scale=0.5)
+    return dataclasses.replace(run, recipe="beit3.quick_retrieval", data=data, optim=Optim(lr=1e-3, layer_decay=0.85))
+
+
+def small_itc() -> Run:
+    """Contrastive tuning of a small model: ``--init DIR/final``. One GPU. Not yet run by us."""
+    return _itc(small(), decay=0.95, pairs=1024, steps=20_000, warmup=1_000)
+
+
+def base_itc() -> Run:
+    """Contrastive tuning of a base model: ``--init DIR/final``; 5 epochs of 21 M pairs, 1 of warm-up. Not yet run by us."""
+    return _itc(base(), decay=0.95, pairs=16384, steps=6_400, warmup=1_280)
+
+
+def large_itc() -> Run:
+    """Contrastive tuning of a large model: ``--init DIR/final``. Not yet run by us."""
+    return _itc(large(), decay=0.95, pairs=16384, steps=6_400, warmup=1_280)
+
+
+def giant_itc() -> Run:
+    """Contrastive tuning of a giant model, every figure the paper's: ``--init DIR/final``. Not yet run by us."""
+    return _itc(giant(), decay=0.95, pairs=16384, steps=6_400, warmup=1_280)
+
+
+def small_retrieval() -> Run:
+    """Retrieval fine-tuning of a small model: ``--init DIR/final``; base's settings, a smaller batch. Not yet run by us."""
+    return _retrieval(small(), lr=2e-4, decay=0.65, drop_path=0.2, pairs=768)
+
+
+def base_retrieval() -> Run:
+    """Retrieval fine-tuning of a base model on COCO: ``--init DIR/final`` of an ``_itc`` model. Not yet run by us."""
+    return _retrieval(base(), lr=2e-4, decay=0.65, drop_path=0.2)
+
+
+def large_retrieval() -> Run:
+    """Retrieval fine-tuning of a large model on COCO: ``--init DIR/final`` of an ``_itc`` model. Not yet run by us."""
+    return _retrieval(large(), lr=5e-5, decay=0.85, drop_path=0.2)
+
+
+def giant_retrieval() -> Run:
+    """Retrieval fine-tuning of a giant model on COCO; the paper reads 420 px, here 378. Not yet run by us."""
+    return _retrieval(giant(), lr=1e-5, decay=0.95, drop_path=0.3)
+
+
+# ------------------------------------------------------------------------------------------------- from run to job
+
+
+def build_model(run: Run) -> BEiT3:
+    """The model of a run, not initialised."""
+    return BEiT3(run.model)
+
+
+def build(run: Run, out: Path) -> Job:
+    """Everything the loop needs; what has to be made once (index, codebook, stored views) is kept below ``out``."""
+    data = run.data
+    if run.init and not data.tokenizer:
+        data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))
+    corpus = scene_corpus(run.seed) if data.root is None else open_corpus(data, out / "index")
+    if corpus.tokenizer.vocab > run.model.vocab:
+        raise ConfigError(
+            f"the tokenizer has {corpus.tokenizer.vocab} ids, the model {run.model.vocab}: set model.vocab to at least "
+            f"that, or data.vocab to at most {run.model.vocab}"
+        )
+    torch.manual_seed(run.seed)
+    model = build_model(run)
+    views = view_settings(run)
+    kinds = {"image": run.data.images, "pair": run.data.pairs, "text": run.data.texts}
+    for kind, items in kinds.items():
+        if items and not corpus.sources[kind]:
+            raise ConfigError(f"{run.data.root} has no {kind} records, but a step takes {items}: set data.{kind}s to 0")
+    streams = [
+        Stream(
+            kind=kind, sources=corpus.sources[kind], weights=corpus.weights[kind], items=items, seed=run.seed
+        )
+        for kind, items in kinds.items()
+        if items
+    ]
+    words = corpus.words(run.data)
+    branches = 2 * run.model.depth if run.model.drop_path else 0
+    stored: Mapping[str, Sequence[StoredViews | None]] = {}
+    codebook = None
+    data_hash = corpus.hash
+    objective: Objective
+    if isinstance(run.objective, Masked):
+        codebook = make_codebook(run, corpus, views["image"], out)
+        if run.objective.views:
+            stored = make_views(run, corpus, codebook, views, out)
+            data_hash += "".join(views_hash(path) for path in sorted((out / "views").iterdir()))
+        settings = run.objective
+        collate: Any = MaskedCollate(
+            words=words, grid=run.model.grid, branches=branches, contrast=settings.contrast, joint=settings.joint,
+            image_ratio=settings.image_ratio, text_ratio=settings.text_ratio, pair_ratio=settings.pair_ratio,
+        )  # fmt: skip
+        kind = MaskedAndContrast if settings.contrast else MaskedDataModeling
+        objective = kind(model, codebook, settings.weights)
+    else:
+        collate = DualCollate(words=words, grid=run.model.grid, branches=branches)
+        objective = retrieval.ImageTextContrast(model)
+    objective.init_weights()
+    if run.init:
+        start_from(model, run.init)
+    batches = Batches(streams, Load(corpus=corpus, views=views, seed=run.seed, stored=stored), collate)
+    preprocessor = Preprocessor.of(run.model, corpus.tokenizer, {"text_tokens": run.data.text_tokens})
+
+    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+        given = dataclasses.asdict(preprocessor)
+        card = {"title": run.recipe, "text": f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps."}
+        pretrained.save_pretrained(
+            model, folder, tokenizer=corpus.tokenizer, preprocessor=given, card=card, weights=weights
+        )
+        if codebook is not None:
+            save_file({"centroids": codebook.centroids.contiguous()}, folder / "image_tokenizer.safetensors")
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        ready = Pretrained(model, corpus.tokenizer, preprocessor)
+        if run.data.root is None:
+            return evaluate_scenes(ready, codebook, run)
+        return evaluate_pairs(ready, run, out)
+
+    return Job(objective=objective, batches=batches, data_hash=data_hash, export=export, evaluate=evaluate)
+
+
+def start_from(model: BEiT3, folder: str) -> None:
+    """Fill a model with the weights of a folder, positions interpolated to its grid; heads that are new stay as they are.
+
+    Raises ConfigError when anything but heads is missing there, or shapes differ.
+    """
+    found = pretrained.load(folder)
+    source: Any = found.model
+    source.set_image_size(model.config.image_px)
+    given, own = source.state_dict(), model.state_dict()
+    new = [name for name in own if name not in given]
+    other = [name for name in own if name in given and own[name].shape != given[name].shape]
+    if other or any(model.layer_of(name) <= model.layers for name in new):
+        raise ConfigError(f"{folder} does not fit this model: not there {new[:5]}, of another shape {other[:5]}")
+    model.load_state_dict({name: given.get(name, tensor) for name, tensor in own.items()})
+    left = [name for name in given if name not in own]
+    CONSOLE.print(f"weights from {folder}; new: {', '.join(new) or 'none'}; unused: {', '.join(left) or 'none'}")
+
+
+def view_settings(run: Run) -> dict[str, View]:
+    """How pictures alone and pictures of pairs are shown."""
+    data, px = run.data, run.model.image_px
+    flip = 0.5 if data.flip else 0.0
+
+    def view(smallest: float) -> View:
+        scale = None if smallest == 1 else (smallest, 1.0)
+        return View(px=px, scale=scale, flip=flip, jitter=data.jitter)
+
+    return {"image": view(data.image_scale), "pair": view(data.pair_scale)}
+
+
+def make_codebook(run: Run, corpus: Corpus, view: View, out: Path) -> PatchCodebook:
+    """The image tokenizer: a patch codebook, fitted once and kept in ``out/codebook.safetensors``."""
+    book = PatchCodebook(run.model.codes, run.model.patch)
+    path = out / "codebook.safetensors"
+    if path.is_file():
+        book.load_state_dict(load_file(path))
+        return book
+    CONSOLE.print(f"fitting {run.model.codes} visual tokens on patches")
+    plain = dataclasses.replace(view, jitter=0.0)
+    centroids = fit_patch_codebook(corpus.sources["image"], run.model.codes, run.model.patch, plain, run.seed)
+    book.load_centroids(centroids)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(dict(book.state_dict()), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    return book
+
+
+def make_views(
+    run: Run, corpus: Corpus, book: PatchCodebook, views: Mapping[str, View], out: Path
+) -> dict[str, list[StoredViews | None]]:
+    """Stored views of every picture of every source, by kind; kinds that show pictures alike share them."""
+    made: dict[tuple[int, View], StoredViews] = {}
+    stored: dict[str, list[StoredViews | None]] = {}
+    for kind in ("image", "pair"):
+        stored[kind] = []
+        for number, source in enumerate(corpus.sources[kind]):
+            key = (id(source), views[kind])
+            if key not in made:
+                made[key] = store_views(
+                    out / "views" / f"{kind}-{number}", source.image, len(source), book, views[kind],
+                    views=run.objective.views, seed=run.seed, track=lambda x: track(x, "visual tokens", console=CONSOLE),
+                )  # fmt: skip
+            stored[kind].append(made[key])
+    return stored
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_scenes(ready: Pretrained, codebook: PatchCodebook | None, run: Run) -> dict[str, Any]:
+    """Held-out scenes by other writers: retrieval among 1,000, naming the digit of one-digit scenes, filling in."""
+    figures: dict[str, Any] = {}
+    scenes = builtin.retrieval_scenes(VALIDATION, run.seed)
+    captions = [captions[0] for captions in scenes.captions]
+    if run.model.contrast:
+        images = torch.from_numpy(scenes.images)
+        figures["retrieval"] = retrieval.evaluate(ready.encode_image, ready.encode_text, images, captions)
+        single, digits = builtin.one_digit_scenes(VALIDATION, run.seed)
+        pictures = torch.from_numpy(single.images)
+        prompts = builtin.digit_prompts()
+        figures["zero_shot"] = zero_shot.evaluate(ready.encode_image, ready.encode_text, pictures, digits, prompts)
+    if codebook is not None:
+        assert ready.tokenizer is not None
+        ids = ready.tokenizer.batch(captions)
+        pairs = [
+            Sample(image=torch.from_numpy(image), text=text, record=i, rng=generator(run.seed, "fill", i))
+            for i, (image, text) in enumerate(zip(scenes.images, ids, strict=True))
+        ]
+        words = Corpus(sources={}, weights={}, tokenizer=ready.tokenizer, hash="").words(run.data)
+        collate = MaskedCollate(
+            words=words, grid=run.model.grid, image_ratio=run.objective.image_ratio,
+            pair_ratio=run.objective.pair_ratio,
+        )  # fmt: skip
+        figures["masked"] = fill.evaluate(ready.model, codebook, pairs, collate, ink_patches(scenes, run.model.patch))
+    return figures
+
+
+def ink_patches(scenes: builtin.SceneSet, patch: int) -> np.ndarray:
+    """Which patches of each scene show handwriting: bool (N, P)."""
+    ink = np.stack([builtin.ink(scenes[i]).any(0) for i in range(len(scenes))])  # (N, H, W)
+    n, h, w = ink.shape
+    return ink.reshape(n, h // patch, patch, w // patch, patch).any((2, 4)).reshape(n, -1)
+
+
+def evaluate_pairs(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:
+    """Retrieval on the ``val`` split of ``data.root``, all captions of at most 1,000 pictures; nothing without one."""
+    if not run.model.contrast or not has_validation(run.data):
+        return {}
+    data = dataclasses.replace(run.data, more={}, tokenizer=None, window=run.data.window)
+    corpus = open_corpus(data, out / "index", split="val")
+    images, captions, owner = [], [], []
+    for source in corpus.sources["pair"]:
+        for record in range(min(len(source), VALIDATION - len(images))):
+            owner += [len(images)] * len(source.strings(record))
+            captions += source.strings(record)
+            images.append(View(px=run.model.image_px)(source.image(record, run.model.image_px)))
+    return {"retrieval": retrieval.evaluate(ready.encode_image, ready.encode_text, torch.stack(images), captions, owner)}
+
+
+def has_validation(data: Data) -> bool:
+    """Whether the root has a ``val`` split."""
+    from multiway.data.sources import discover
+
+    try:
+        return bool(discover(Path(data.root or ""), "val"))
+    except Exception:  # noqa: BLE001
+        return False

@@ -1,0 +1,38 @@
+"""Which models a task can use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from typing import Protocol
+
+from multiway.errors import ConfigError
+
+Modalities = frozenset[str]
+
+
+class Encoder(Protocol):
+    """A model that states which sets of modalities it encodes."""
+
+    @property
+    def accepts(self) -> Set[Modalities]:
+        """``{image}``, ``{text}``, ``{image, text}`` ..."""
+        ...
+
+
+def check(model: Encoder, needs: Set[Modalities], task: str = "this task") -> None:
+    """Raise ConfigError, saying what would fit, unless the model encodes every set of modalities a task needs.
+
+    ``model.accepts`` and ``needs``: sets of sets of modalities, ``{image, text}`` being both together in one encoder.
+    """
+    missing = needs - model.accepts
+    if missing:
+        raise ConfigError(
+            f"{task} needs a model that encodes {_said(needs)}; {type(model).__name__} encodes {_said(model.accepts)}, "
+            f"so {_said(missing)} is missing: choose a model whose `accepts` has it, or another task"
+        )
+
+
+def _said(sets: Iterable[Modalities]) -> str:
+    """``image alone, and image with text``."""
+    words = [" with ".join(sorted(own)) if len(own) > 1 else f"{next(iter(own))} alone" for own in sets]
+    return ", and ".join(sorted(words)) or "nothing"

@@ -1,0 +1,1 @@
+"""Stands in for fairscale, which torchscale imports for two wrappers that are off by default."""
