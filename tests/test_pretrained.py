@@ -171,11 +171,185 @@ def test_a_model_that_is_not_what_its_config_says_is_not_saved(tmp_path):
 
 
 def test_create_model_takes_weights_that_fit(made, folder):
-    shape = {key: value for key, value in json.loads((folder / "config.json").read_text()).items()}
+    shape = json.loads((folder / "config.json").read_text())
     del shape["system"], shape["format"]
     model = create_model("beit3_base_patch16_224", pretrained=folder, **shape)
     assert torch.equal(model.vision.positions, made.model.vision.positions)
-    with pytest.raises(CheckpointError, match="2 unexpected: "):
-        create_model("beit3_base_patch16_224", pretrained=folder, **{**shape, "vision_only": False} | {"contrast": False}) \
-            if "vision_only" in shape else create_model(
-                "beit3_base_patch16_224", pretrained=folder, **{**shape, "contrast": False})
+    with pytest.raises(CheckpointError, match="3 unexpected: language_head.weight"):
+        create_model("beit3_base_patch16_224", pretrained=folder, **{**shape, "contrast": False})
+    with pytest.raises(CheckpointError, match=r"language.positions \(34, 32\) instead of \(35, 32\)"):
+        create_model("beit3_base_patch16_224", pretrained=folder, **{**shape, "text_positions": 35})
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"depht": 2}, "unknown setting 'depht'; did you mean 'depth'"),
+        ("config.json", {"depth": "two"}, "depth"),
+        ("config.json", {"depth": {"class_path": "os.system", "init_args": {"command": "true"}}}, "depth"),
+        ("config.json", {"system": "os"}, "system 'os' in format 1, expected one of beit3"),
+        ("config.json", {"system": ...}, "system None"),
+        ("config.json", {"format": 2}, "later version"),
+        ("config.json", {"heads": 5}, "dim divisible by heads"),
+        ("preprocessor_config.json", {"mean": [0.4, 0.4, 0.4]}, "preprocessor says {'mean'"),
+        ("preprocessor_config.json", {"image_px": 64}, "preprocessor says {'image_px': 64}"),
+        ("preprocessor_config.json", {"hide": 3}, "preprocessor says {'hide': 3}"),
+        ("preprocessor_config.json", {"text_tokens": 33}, "expected 2 to 32"),
+        ("preprocessor_config.json", {"interpolation": "nearest"}, "interpolation"),
+        ("preprocessor_config.json", {"auto_map": "x--y.Z"}, "unknown setting 'auto_map'"),
+    ],
+)
+def test_settings_are_a_closed_schema(folder, file, changes, message):
+    edit(folder / file, **changes)
+    with pytest.raises(ConfigError) as error:
+        load(folder)
+    assert message in str(error.value)
+    assert file in str(error.value)
+
+
+def test_weights_of_another_shape_are_named(folder):
+    edit(folder / "config.json", depth=3, contrast=False)
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    assert "missing: encoder.blocks.2." in str(error.value)
+    assert "3 unexpected: language_head.weight (32, 32)" in str(error.value)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, 50_000])
+def test_truncated_weights_are_named(folder, cut):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_missing_files_are_named(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(MissingInputError, match=file):
+        load(folder)
+
+
+def test_what_is_no_json_is_named(folder):
+    for text in ("{", "[]", '{"depth": NaN}', '{"dim": 1, "dim": 2}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="config.json"):
+            load(folder)
+
+
+def test_neither_folder_nor_hub():
+    with pytest.raises(MissingInputError, match="not a hub id"):
+        load("./no/such/folder")
+    with pytest.raises(MissingInputError, match="the hub does not give it either"):  # tests are offline
+        load("nobody/nothing")
+
+
+def test_a_hub_model_is_loaded_from_its_snapshot(made, folder, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert load("somebody/beit3-tiny").fingerprint == made.fingerprint
+    [(name, patterns)] = asked
+    assert name == "somebody/beit3-tiny"
+    assert "model*.safetensors" in patterns
+    assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in patterns)
+
+
+# -------------------------------------------------------------------------------------------------------------- vectors
+
+
+def test_vectors_have_length_one_and_do_not_depend_on_the_batch(made):
+    images, texts = pictures(7), [*CAPTIONS[:9], "red", ""]
+    for vectors in (encode(made, image=images), encode(made, text=texts)):
+        assert vectors.dtype == torch.float32
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-6)
+        assert len(torch.unique(vectors, dim=0)) == len(vectors)
+    assert torch.allclose(encode(made, image=images, batch=2), encode(made, image=images), atol=1e-6)
+    one_by_one = torch.cat([encode(made, text=text) for text in texts])
+    assert torch.allclose(encode(made, text=texts, batch=4), one_by_one, atol=1e-6)
+
+
+def test_a_picture_is_the_same_in_every_form(made, tmp_path):
+    [path] = write_pictures(tmp_path, 1)
+    opened = Image.open(path)
+    tensor = torch.from_numpy(np.array(opened)).permute(2, 0, 1)
+    expected = made.encode_image(path)
+    assert expected.shape == (1, 32)
+    for form in (str(path), path.read_bytes(), opened, tensor, tensor[None], [path], (p for p in [path])):
+        assert torch.equal(made.encode_image(form), expected)
+    (tmp_path / "link.png").symlink_to(path)
+    assert torch.equal(made.encode_image(tmp_path / "link.png"), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_pillow_pictures_follow_the_rules_of_files(made, mode):
+    [picture] = pictures(1)
+    picture = picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)
+    assert made.encode_image(picture).shape == (1, 32)
+
+
+def test_transparency_and_orientation_of_pillow_pictures(made):
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    assert torch.equal(made.picture(clear), torch.full((3, 32, 32), 255, dtype=torch.uint8))
+    [picture] = pictures(1)
+    turned = picture.transpose(Image.Transpose.ROTATE_180)
+    turned.getexif()[0x0112] = 3  # "show me upside down"
+    assert torch.equal(made.picture(turned), made.picture(picture))
+
+
+def test_cut_texts_and_whole_ones(made):
+    long = " ".join(CAPTIONS[:5])
+    assert torch.equal(made.encode_text(long), made.encode_text(long + " and more"))
+
+
+def test_a_bare_model_encodes_pictures_but_no_text(made):
+    images = pictures(2)
+    assert torch.equal(encode(made.model, image=images), made.encode_image(images))
+    with pytest.raises(ConfigError, match="tokenizer"):
+        encode(made.model, text="red")
+
+
+def test_bf16_is_near(made, folder):
+    half = load(folder, precision="bf16")
+    assert half.fingerprint == made.fingerprint
+    for one, other in (
+        (made.encode_text(CAPTIONS), half.encode_text(CAPTIONS)),
+        (made.encode_image(pictures(4)), half.encode_image(pictures(4))),
+    ):
+        assert not torch.equal(one, other)
+        assert (one * other).sum(1).min() > 0.999
+
+
+def test_vectors_can_be_trained_on(made):
+    probe = torch.nn.Linear(32, 2)
+    probe(made.encode_image(pictures(2))).sum().backward()
+    assert probe.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"image": [], "text": []}, {"image": []}, {"text": []}, {"image": torch.zeros(3, 8, 8)}]
+)
+def test_what_cannot_be_encoded_is_refused(made, wrong):
+    with pytest.raises(ConfigError):
+        encode(made, **wrong)
+
+
+def test_bad_pictures_are_named(made, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(RecordError, match=r"bad\.png: not a picture") as error:
+        made.encode_image([pictures(1)[0], tmp_path / "bad.png"])
+    assert error.value.reason == "unreadable"
+    with pytest.raises(MissingInputError, match=r"none\.png"):
+        made.encode_image(tmp_path / "none.png")
+
+
+def test_without_retrieval_heads_there_are_no_vectors():
+    with pytest.raises(ConfigError, match="_itc"):
+        pretrained(contrast=False).encode_text("red")

@@ -253,7 +253,8 @@ def load(
 ) -> Pretrained:
     """Load a model with its tokenizer and preprocessor from a folder, or by its Hugging Face hub id.
 
-    A folder of that name comes first; a hub model is downloaded once and kept by ``huggingface_hub``.
+    A folder of that name comes first, of a run its ``final/``; a hub model is downloaded once and kept by
+    ``huggingface_hub``.
 
     Raises MissingInputError when neither is there or a file is missing, ConfigError for settings that are unknown or do
     not fit together, CheckpointError for weights that are damaged or belong to another shape.
@@ -368,7 +369,8 @@ def _folder(source: str | Path) -> Path:
     """The local folder, or the hub's, downloaded."""
     folder = Path(source)
     if folder.is_dir():
-        return folder
+        final = folder / "final"
+        return final if (final / CONFIG).is_file() and not (folder / CONFIG).exists() else folder
     if not HUB_ID.fullmatch(str(source)):
         raise MissingInputError(f"{source}: no such folder, and not a hub id such as 'owner/model'")
     from huggingface_hub import snapshot_download

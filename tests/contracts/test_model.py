@@ -45,7 +45,7 @@ def draw(kinds: tuple[str, ...], seed: int = 0) -> list[Sample]:
     return samples
 
 
-def run(model: BEiT3, samples: list[Sample], causal: bool = False) -> Tokens:
+def run(model: BEiT3, samples: list[Sample], causal: bool = False, draws: Tensor | None = None) -> Tokens:
     """One packed pass over all samples."""
     lengths: dict[str, dict[str, list[int]]] = {}
     for s in samples:
@@ -61,12 +61,13 @@ def run(model: BEiT3, samples: list[Sample], causal: bool = False) -> Tokens:
         image=torch.stack(images) if images else None,
         text=torch.cat([s.ids for s in samples if s.ids is not None]) if "text" in plan.starts else None,
         hide=torch.stack([s.hide for s in samples if s.hide is not None]) if images else None,
+        draws=draws,
     )
 
 
-def encode(model: BEiT3, samples: list[Sample], causal: bool = False) -> list[Tensor]:
+def encode(model: BEiT3, samples: list[Sample], causal: bool = False, draws: Tensor | None = None) -> list[Tensor]:
     """Every sample's final tokens (N, D) from one packed pass over all of them."""
-    tokens = run(model, samples, causal)
+    tokens = run(model, samples, causal, draws)
     return [tokens.values[tokens.plan.sample == i] for i in range(tokens.plan.samples)]
 
 
@@ -132,6 +133,24 @@ def test_the_order_of_modalities_in_a_pair_does_not_matter(model: BEiT3) -> None
         orders.append((tokens.dense("image")[0], tokens.dense("text")[0]))
     for first, second in zip(*orders):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+def test_every_draw_drops_one_branch_of_one_sample(model: BEiT3) -> None:
+    for block in model.encoder.blocks:
+        block.drop_rate = 0.5
+    samples = draw(("image", "pair", "text"))
+    keep = torch.full((2 * model.config.depth, len(samples)), 0.7)
+    before = encode(model, samples, draws=keep)
+    seen = []
+    for branch in range(len(keep)):
+        for chosen in (0, 3, 8):
+            draws = keep.clone()
+            draws[branch, chosen] = 0.3
+            after = encode(model, samples, draws=draws)
+            changed = [i for i in range(len(samples)) if not torch.allclose(before[i], after[i], atol=1e-3)]
+            assert changed == [chosen]
+        seen.append(after[8])
+    assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(seen) for b in seen[:i])
 
 
 def test_views_show_each_samples_own_tokens(model: BEiT3) -> None:

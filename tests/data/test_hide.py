@@ -46,6 +46,13 @@ def test_blocks_cover_what_beit_s_do(side, count, mean, low):
         assert np.mean(np.equal(covered, count)) == pytest.approx(0.675, abs=0.05)
 
 
+def test_no_block_spans_the_grid():
+    """BEiT's blocks are smaller than the grid both ways, so on a single row all patches are drawn one by one."""
+    rng = Watched(0)
+    hide_blocks((1, 12), 5, 1, rng)
+    assert rng.filled == 5
+
+
 def neighbours(hide):
     """Share of hidden among the neighbours (right and below) of hidden patches."""
     right, below = hide[:, :-1], hide[:-1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -13,19 +11,7 @@ from PIL import Image
 
 from multiway.data.image import Limits, View, colour_jitter, crop_box, decode, hflip, random_resized_crop, resize
 from multiway.errors import RecordError
-
-
-def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """A picture as the bytes of a file."""
-    data = io.BytesIO()
-    picture.save(data, kind, **options)
-    return data.getvalue()
-
-
-def noise(width: int = 20, height: int = 12, seed: int = 0) -> Image.Image:
-    """Smooth colours that differ everywhere, so that a turn or a swap shows."""
-    small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+from tests.data.raw import encode, noise
 
 
 def pixels(picture: Image.Image) -> torch.Tensor:

@@ -331,9 +331,9 @@ def test_a_worker_that_exits_is_named_with_its_status(no_children):
 def test_a_worker_that_hangs_is_named_and_ended(action, no_children):
     batches = failing_at(7, action)
     step = in_flight(batches, 7)
-    message = rf"no batch for step {step}, part 0 after 1.5 s: loader worker {step % 2} .* hangs at .* text record 7 "
+    message = rf"no batch for step {step}, part 0 after 3 s: loader worker {step % 2} .* hangs at .* text record 7 "
     with pytest.raises(DataError, match=message):
-        list(iterate(batches, range(6), workers=2, timeout=1.5))
+        list(iterate(batches, range(6), workers=2, timeout=3))
 
 
 def test_a_worker_slower_than_a_poll_is_waited_for(no_children):

@@ -39,6 +39,7 @@ def content(step: int) -> dict[str, dict[str, Tensor]]:
             "weight": torch.randn(5, 3, generator=g),
             "half": torch.randn(7, generator=g).bfloat16(),
             "double": torch.randn(1, 2, 2, generator=g).double(),
+            "strided": torch.randn(9, generator=g)[::2],
             "scalar": torch.randn((), generator=g),
             "flags": torch.rand(9, generator=g) > 0.5,
             "empty": torch.zeros(0, 4),
@@ -249,7 +250,7 @@ def damages(file: Path, older: Path, seed: int) -> Iterator[Damage]:
         flipped = bytearray(raw)
         flipped[place] ^= 1 << bit
         yield f"flip {place}.{bit}", lambda path, flipped=bytes(flipped): path.write_bytes(flipped)
-    yield "append", lambda path: path.write_bytes(raw + b"\0")
+    yield "append", lambda path: path.write_bytes(raw + b"\n")
     yield "delete", lambda path: path.unlink()
     yield "directory", lambda path: (path.unlink(), path.mkdir())
     yield "link", lambda path: (path.rename(path.with_name("moved")), path.symlink_to("moved"))
@@ -443,6 +444,20 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
         assert found is not None and found.step in (last, last + 1)
         check(found, found.step)
         done = found.step
+
+
+def test_refused_while_replacing_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that went aside outlives the refusal, and another one at the very next save."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store(tmp_path, 5, keep=1)
+    for point in ("aside", "made"):
+        monkeypatch.setattr(checkpoint, "_at", lambda at, point=point: refuse() if at == point else None)
+        with pytest.raises(WriteError, match="Input/output error"):
+            store(tmp_path, 5, keep=1)
+    check(newest(tmp_path, note=fail), 5)
 
 
 # --- disks that refuse ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from multiway.errors import ConfigError, DataError, WriteError
 __all__ = ["Index", "Report", "Source", "build", "check", "describe", "overlap"]
 
 CHUNK = 4096  # texts tokenized at once
+UNKNOWN_SHARE = 0.05  # of the tokens, above which a source is warned of
 PICTURE = {"file": ("<i4",), "offset": ("<i8",), "length": ("<i8",), "width": ("<i4",), "height": ("<i4",)}
 PICTURE |= {"hash": ("u1", HASH_BYTES), "label": ("<i4",), "key": ("u1",), "key_end": ("<i8",)}
 STRINGS = {"string": ("u1",), "string_end": ("<i8",)}
@@ -37,6 +39,7 @@ LAYOUTS = {"image": PICTURE, "pair": PICTURE | STRINGS | {"caption_end": ("<i8",
 TOKENS = {"token": ("<i4",), "token_end": ("<i8",)}
 FILES = {"name": ("u1",), "name_end": ("<i8",), "root": ("<i4",), "size": ("<i8",), "mtime_ns": ("<i8",)}
 
+logger = logging.getLogger(__name__)
 Roots = Path | str | Sequence[Path | str]
 
 
@@ -64,7 +67,7 @@ def build(
     any number may be missing. ``max_bad_fraction``, ``max_bad_shards``: largest shares of bad records and damaged
     shards. ``workers``: processes that decode, 0 = this one; the result does not depend on it.
 
-    Raises DataError beyond those shares or when nothing is good, after writing ``OUT.quarantine.jsonl``;
+    Raises DataError beyond those shares or when nothing is good, after writing ``OUT.rejected/quarantine.jsonl``;
     MissingInputError without the root; ConfigError for a setting or when ``out`` is there and no index; WriteError
     when the disk refuses.
     """
@@ -75,18 +78,20 @@ def build(
         raise ConfigError(f"cannot write an index with {problem}: expected a window of 3 or more and a new folder")
     report = Report(missing_counts=missing == "count")
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    quarantine = out.with_name(f"{out.name}.quarantine.jsonl")
+    rejected = out.with_name(f"{out.name}.rejected")
     try:
         temporary.mkdir(parents=True)
         writer = _Writer(temporary)
         for source, measured in scan(sources, report, limits=limits, workers=workers, progress=progress):
             writer.add(source, measured)
-        _write_rows(quarantine, report)
+        shutil.rmtree(rejected, ignore_errors=True)
+        _write_rows(temporary / "quarantine.jsonl", report)
         try:
             report.require(max_bad_fraction, max_bad_shards)
         except DataError as error:
-            raise DataError(f"{error}\nAll are listed in {quarantine}: repair or remove them and index again") from None
-        quarantine.replace(temporary / "quarantine.jsonl")
+            rejected.mkdir()
+            (temporary / "quarantine.jsonl").rename(rejected / "quarantine.jsonl")
+            raise DataError(f"{error}\nAll are listed in {rejected}: repair or remove them and index again") from None
         writer.finish(tokenizer, vocab, window, limits, report)
         _replace(out, temporary)
     except OSError as error:
@@ -208,6 +213,7 @@ class _Writer:
             if tokenizer is not None and texts[number]:
                 more, row["tokens"], row["unknown_tokens"] = self._tokenize(number, kind, texts[number], tokenizer)
                 files |= more
+                _warn_of_unknown(row)
             if kind == "text":
                 for column in STRINGS:
                     (self.folder / files.pop(column)["file"]).unlink()
@@ -259,6 +265,13 @@ class _Writer:
 
 def _only(entries: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: entries[name] for name in names}
+
+
+def _warn_of_unknown(row: dict[str, Any]) -> None:
+    share = row["unknown_tokens"] / max(1, row["tokens"])
+    if share > UNKNOWN_SHARE:
+        message = "source %s (%s): %.1f %% of the tokens are unknown to the tokenizer: train one on these texts"
+        logger.warning(message, row["name"], row["kind"], 100 * share)
 
 
 def _chunks(strings: Columns) -> Iterator[list[str]]:

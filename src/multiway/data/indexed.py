@@ -236,7 +236,7 @@ def describe(index: Index) -> list[dict[str, str | int]]:
             row["texts"] = len(source.token_lengths)
             row["tokens"] = entry["tokens"]
             row["tokens per text"] = _range(source.token_lengths)
-            row["unknown"] = f"{entry['unknown_tokens'] / entry['tokens']:.2%}"
+            row["unknown"] = f"{entry['unknown_tokens'] / max(1, entry['tokens']):.2%}"
         rows.append(row)
     return rows
 

@@ -315,30 +315,35 @@ def _next(
             if not isinstance(error, RuntimeError):  # perhaps tensors of a worker that is dying this moment
                 for worker in workers:
                     worker.join(POLL_SECONDS / len(workers))
-            for i, worker in enumerate(workers):
-                if not worker.is_alive():
-                    raise DataError(
-                        f"loader worker {i} (pid {worker.pid}) died {_how(worker.exitcode)} {dataset.in_flight(i)}. "
-                        "SIGKILL is mostly a lack of memory, SIGBUS a full /dev/shm; otherwise set workers to 0 to see "
-                        "the error itself, and take the record out if it is the cause"
-                    ) from error
+            dead = [i for i, worker in enumerate(workers) if not worker.is_alive()]
+            if dead:
+                raise _died(workers, dead[0], dataset) from error
             if not str(error).startswith("DataLoader timed out"):
                 raise
             if time.monotonic() - start >= timeout:
-                late = number % len(workers)  # batches are dealt to the workers in turn
-                where = dataset.in_flight(late)
-                workers[late].kill()  # a stopped process ignores the SIGTERM that the loader would send
-                step, part, _ = dataset.part(number)
-                raise DataError(
-                    f"no batch for step {step}, part {part} after {timeout:g} s: loader worker {late} (pid "
-                    f"{workers[late].pid}) hangs {where}. Check the storage and that record, or raise the timeout"
-                ) from error
+                raise _hangs(workers, number, dataset, timeout) from error
 
 
-def _how(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"of {signal.Signals(-exitcode).name}"
-    return f"with exit status {exitcode}"
+def _died(workers: Sequence[BaseProcess], i: int, dataset: _MicroBatches) -> DataError:
+    code = workers[i].exitcode
+    how = f"of {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit status {code}"
+    return DataError(
+        f"loader worker {i} (pid {workers[i].pid}) died {how} {dataset.in_flight(i)}. SIGKILL is mostly a lack of "
+        "memory, SIGBUS a full /dev/shm; otherwise set workers to 0 to see the error itself, and take the record out "
+        "if it is the cause"
+    )
+
+
+def _hangs(workers: Sequence[BaseProcess], number: int, dataset: _MicroBatches, timeout: float) -> DataError:
+    """The error of a batch that does not come; its worker is killed."""
+    late = number % len(workers)  # batches are dealt to the workers in turn
+    step, part, _ = dataset.part(number)
+    error = DataError(
+        f"no batch for step {step}, part {part} after {timeout:g} s: loader worker {late} (pid {workers[late].pid}) "
+        f"hangs {dataset.in_flight(late)}. Check the storage and that record, or raise the timeout"
+    )
+    workers[late].kill()  # a stopped process ignores the SIGTERM that the loader would send
+    return error
 
 
 def _start_worker(worker: int) -> None:

@@ -28,7 +28,7 @@ CHUNK = 100_000  # words segmented at once
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
-_WORD = re.compile(r"^▁<|<|▁?[^<▁]+|▁")
+_WORD = re.compile(r"^▁<|<|▁?[^<▁]{1,64}|▁")  # words without end would take training hours
 
 
 def sanitize(text: str, *, max_chars: int = MAX_CHARS) -> tuple[str, tuple[str, ...]]:
@@ -91,7 +91,7 @@ class TextTokenizer:
 
         ``vocab``: number of ids wanted; fewer result when the texts do not have as many pieces. ``model``:
         ``"unigram"`` (pieces by byte-pair merges, kept and scored by how often the best segmentation uses them) or
-        ``"bpe"``. The most frequent characters, at most a quarter of the vocabulary, are pieces; others become
+        ``"bpe"``. The most frequent characters, at most half of the vocabulary, are pieces; others become
         ``<unk>``.
 
         Raises ConfigError for another model or a vocabulary below 32, DataError when there is no text.
@@ -105,7 +105,7 @@ class TextTokenizer:
         if not words:
             raise DataError("no text to train a tokenizer on: give a tokenizer, or sources with text")
         room = vocab - len(SPECIALS) - 1
-        alphabet = _alphabet(words, room // 4)
+        alphabet = _alphabet(words, room // 2)
         wanted = room if model == "bpe" else room * CANDIDATES
         bpe = models.BPE(unk_token=SPECIALS[cls.unk], fuse_unk=True)
         merged = Tokenizer(bpe)

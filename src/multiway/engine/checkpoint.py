@@ -313,7 +313,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _finish(

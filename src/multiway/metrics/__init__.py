@@ -1,0 +1,1 @@
+"""Figures of merit in numpy, each with what chance would reach."""

@@ -1,0 +1,1 @@
+"""Embedding and exact search, over any model that makes vectors."""

@@ -92,9 +92,12 @@ def unlike(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str:
     return "; ".join(f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys)
 
 
-def write(path: Path, make: Callable[[Path], Any]) -> None:
-    """Write a file by ``make(path)`` under a temporary name, sync it, and give it its name."""
-    temporary = path.with_name(f".tmp-{path.name}")
+def write(path: Path, make: Callable[[Path], Any], tag: str = "") -> None:
+    """Write a file by ``make(path)`` under a temporary name, sync it, and give it its name.
+
+    ``tag``: part of the temporary name, different for each of several processes that write the same file.
+    """
+    temporary = path.with_name(f".tmp-{tag}{path.name}")
     make(temporary)
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())

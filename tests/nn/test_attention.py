@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from multiway.nn.attention import Attention, Pad, Unpad, attend, attend_by_gemm
+from multiway.plan import make_plan
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+    """Query by query, sums of exponentials over the keys it sees."""
+    keep = torch.ones(q.shape[0], 1, q.shape[2], q.shape[2], dtype=torch.bool) if keep is None else keep
+    keep = keep.expand(*q.shape[:3], q.shape[2])
+    out = torch.zeros_like(v)
+    for b, h, n in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        seen = keep[b, h, n].nonzero().flatten()
+        weight = torch.exp(k[b, h, seen] @ q[b, h, n] / math.sqrt(q.shape[3]))
+        out[b, h, n] = weight @ v[b, h, seen] / weight.sum()
+    return out
+
+
+KEEPS = {
+    "all": None,
+    "padded": (torch.arange(7) < torch.tensor([7, 1, 4])[:, None])[:, None, None, :],
+    "causal": torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7),
+}
+
+
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+@pytest.mark.parametrize("implementation", [attend, attend_by_gemm])
+def test_attention_weighs_the_visible_keys(implementation, keep: Tensor | None) -> None:
+    q, k, v = (drawn(3, 2, 7, 5, seed=i) for i in range(3))
+    torch.testing.assert_close(implementation(q, k, v, keep), by_hand(q, k, v, keep), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+def test_both_implementations_have_the_same_gradients(keep: Tensor | None) -> None:
+    results = []
+    for implementation in (attend, attend_by_gemm):
+        inputs = [drawn(3, 2, 7, 5, seed=i).requires_grad_() for i in range(3)]
+        results.append(torch.autograd.grad((implementation(*inputs, keep) * drawn(3, 2, 7, 5, seed=9)).sum(), inputs))
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+def test_bf16_attention_is_as_near_as_bf16_can_be(keep: Tensor | None) -> None:
+    """Inputs rounded to 8 bits are exact here, so what is left is the rounding of probabilities and output."""
+    q, k, v = (drawn(3, 2, 7, 5, seed=i, dtype=torch.bfloat16) for i in range(3))
+    got = attend(q, k, v, keep)
+    assert got.dtype == torch.bfloat16
+    want = by_hand(q.double(), k.double(), v.double(), keep)
+    assert (got.double() - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_keys_out_of_sight_have_no_influence() -> None:
+    q, k, v = (drawn(3, 2, 7, 5, seed=i) for i in range(3))
+    keep = KEEPS["padded"]
+    hidden = ~keep[:, 0, 0]
+    for implementation in (attend, attend_by_gemm):
+        before = implementation(q, k, v, keep)
+        k2, v2 = k.clone(), v.clone()
+        k2.transpose(1, 2)[hidden] = 1e4
+        v2.transpose(1, 2)[hidden] = -1e4
+        assert torch.equal(implementation(q, k2, v2, keep), before)
+
+
+def test_unpad_is_the_gradient_of_its_gather() -> None:
+    inverse = torch.tensor([4, 0, 2])
+    x = drawn(6, 3, dtype=torch.float64).requires_grad_()
+    assert torch.equal(Unpad.apply(x, inverse), x[inverse])
+    assert torch.autograd.gradcheck(lambda x: Unpad.apply(x, inverse), [x])
+
+
+def test_pad_ignores_the_gradient_at_padding() -> None:
+    group = make_plan({"text": {"text": [3, 1]}}).groups[0]
+    x = drawn(4, 2).requires_grad_()
+    padded = Pad.apply(x, group.index, group.inverse)
+    assert torch.equal(padded.view(2, 3, 2)[1, 0], x[3])
+    upstream = drawn(6, 2, seed=1)
+    (got,) = torch.autograd.grad((padded * upstream).sum(), x)
+    assert torch.equal(got, upstream[[0, 1, 2, 3]])
+
+
+class Plain(nn.Module):
+    """A linear map that takes and ignores a plan."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out, dtype=torch.float64)
+
+    def forward(self, x: Tensor, plan: object) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_equals_attention_of_each_sample(causal: bool) -> None:
+    kinds = {"image": {"image": [4, 4]}, "pair": {"image": [4, 2], "text": [1, 5]}, "text": {"text": [3, 1, 2]}}
+    plan = make_plan(kinds, causal_text=causal)
+    torch.manual_seed(0)
+    attention = Attention(Plain(6, 18), Plain(6, 6), heads=2)
+    x = drawn(plan.rows, 6, dtype=torch.float64).requires_grad_()
+    upstream = drawn(plan.rows, 6, seed=1, dtype=torch.float64)
+    got = attention(x, plan)
+    gradient = torch.autograd.grad((got * upstream).sum(), [x, *attention.parameters()])
+    want = torch.zeros_like(got)
+    images = {2: 4, 3: 2}  # pictures of the pairs; the others are all picture or all text
+    for sample in range(plan.samples):
+        rows = (plan.sample == sample).nonzero().flatten()
+        n = len(rows)
+        q, k, v = attention.qkv(x[rows], plan).view(1, n, 3, 2, 3).permute(2, 0, 3, 1, 4)
+        keep = torch.ones(1, 1, n, n, dtype=torch.bool)
+        if causal and sample >= 2:
+            keep = keep.tril()
+            keep[..., : images.get(sample, 0)] = True
+        mixed = by_hand(q, k, v, keep).transpose(1, 2).reshape(n, 6)
+        want = want.index_put((rows,), attention.out(mixed, plan))
+    torch.testing.assert_close(got, want)
+    for g, w in zip(gradient, torch.autograd.grad((want * upstream).sum(), [x, *attention.parameters()])):
+        torch.testing.assert_close(g, w)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from multiway.errors import ConversionError
+from multiway.weights.rename import WeightMap, to_ours, to_theirs
+
+RULES = WeightMap(
+    words={"expert": {"image": "A", "text": "B"}},
+    rules=(
+        ("layer.{i}.kv.{expert}.{part}", "h{i}.k.{expert}_{part}", "h{i}.v.{expert}_{part}"),
+        ("layer.{i}.{name}.weight", "h{i}.{name}.w"),
+        ("scale", "s"),
+    ),
+)
+
+
+def state() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "layer.0.kv.image.weight": torch.randn(6, 2, generator=generator),
+        "layer.0.kv.text.bias": torch.randn(6, generator=generator).bfloat16(),
+        "layer.11.out.weight": torch.randn(2, 2, generator=generator),
+        "scale": torch.tensor(0.5),
+    }
+
+
+def test_names_words_and_slices() -> None:
+    ours = state()
+    theirs = to_theirs(ours, RULES)
+    assert set(theirs) == {"h0.k.A_weight", "h0.v.A_weight", "h0.k.B_bias", "h0.v.B_bias", "h11.out.w", "s"}
+    assert torch.equal(theirs["h0.v.A_weight"], ours["layer.0.kv.image.weight"][3:])
+    assert theirs["h0.k.B_bias"].dtype == torch.bfloat16
+    storages = [x.untyped_storage().data_ptr() for x in theirs.values()]
+    assert len(set(storages)) == len(storages), "slices share memory, which safetensors refuses to save"
+
+
+def test_both_ways_is_the_identity() -> None:
+    ours = state()
+    back = to_ours(dict(reversed(to_theirs(ours, RULES).items())), RULES, ours)
+    assert list(back) == list(ours)
+    assert all(torch.equal(back[key], ours[key]) and back[key].dtype == ours[key].dtype for key in ours)
+
+
+def test_shapes_alone_suffice_on_our_side() -> None:
+    like = {key: value.to("meta") for key, value in state().items()}
+    back = to_ours(to_theirs(state(), RULES), RULES, like)
+    assert all(torch.equal(back[key], value) for key, value in state().items())
+
+
+@pytest.mark.parametrize("key", ["other", "layer.0.kv.audio.weight", "layer.0.a.b.weight", "layer.0.out.weight2"])
+def test_our_key_without_a_rule_is_refused(key: str) -> None:
+    with pytest.raises(ConversionError, match=rf"{key} \(4, 2\): no rule"):
+        to_theirs({**state(), key: torch.zeros(4, 2)}, RULES)
+
+
+def test_a_tensor_that_cannot_be_sliced_evenly_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r"layer.0.kv.text.bias \(5\)"):
+        to_theirs({"layer.0.kv.text.bias": torch.zeros(5)}, RULES)
+
+
+def test_every_fault_of_a_foreign_file_is_named_with_its_shape() -> None:
+    theirs = to_theirs(state(), RULES)
+    del theirs["h0.v.A_weight"]
+    theirs["h11.out.w"] = torch.zeros(2, 3)
+    theirs["head.weight"] = torch.zeros(7)
+    with pytest.raises(ConversionError) as error:
+        to_ours(theirs, RULES, state())
+    message = str(error.value)
+    assert "1 missing: h0.v.A_weight (3, 2)" in message
+    assert "1 unexpected: head.weight (7)" in message
+    assert "1 of another shape: h11.out.w (2, 3) instead of (2, 2)" in message
+
+
+def test_long_lists_are_cut() -> None:
+    many = {f"layer.{i}.out.weight": torch.zeros(1) for i in range(30)}
+    with pytest.raises(ConversionError, match=r"30 missing: .* and 20 more"):
+        to_ours({}, RULES, many)
