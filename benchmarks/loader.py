@@ -1,7 +1,7 @@
 """Records per second and core: what the loader delivers, beside what a training step consumes.
 
-JPEGs of two sizes are made here (1/f noise, as photographs have), indexed, and read through the very path training uses:
-index -> decode -> crop, flip, jitter -> collate with hidden patches and words. Beside it, in the same run and
+JPEGs of two sizes are made here (1/f noise, as photographs have), indexed, and read through the very path training
+uses: index -> decode -> crop, flip, jitter -> collate with hidden patches and words. Beside it, in the same run and
 interleaved: the usual path, Pillow decode, Pillow resize, float normalisation in numpy. Last line: one JSON object.
 
     python benchmarks/loader.py [--pictures 400] [--repeats 5]
@@ -47,7 +47,27 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
 def write(folder: Path, pictures: int, size: tuple[int, int]) -> None:
     """Pictures and a ``train.jsonl`` with captions of photographs' usual length."""
     rng = np.random.default_rng(0)
-    words = "a man woman dog child two people on in the with red blue grass street water running playing ball".split()
+    words = [
+        "a",
+        "man",
+        "woman",
+        "dog",
+        "child",
+        "two",
+        "people",
+        "on",
+        "in",
+        "the",
+        "with",
+        "red",
+        "blue",
+        "grass",
+        "street",
+        "water",
+        "running",
+        "playing",
+        "ball",
+    ]
     lines = []
     for i in range(pictures):
         (folder / f"{i}.jpg").write_bytes(photograph(rng, *size))
@@ -106,7 +126,10 @@ def main() -> None:
             (root / "data").mkdir()
             write(root / "data", given.pictures, size)
             corpus = open_corpus(Data(root=str(root / "data"), vocab=64), root / "index")
-            paths = {"ours": ours(corpus, given.pictures // STEPS), "usual": usual(root / "data", given.pictures // STEPS)}
+            paths = {
+                "ours": ours(corpus, given.pictures // STEPS),
+                "usual": usual(root / "data", given.pictures // STEPS),
+            }
             rates: dict[str, list[float]] = {key: [] for key in paths}
             for _ in range(given.repeats):
                 for key, deliver in paths.items():

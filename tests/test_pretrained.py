@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 
 import multiway
 from multiway.errors import CheckpointError, ConfigError, MissingInputError, RecordError, WriteError
@@ -155,6 +156,30 @@ def test_other_weights_can_be_saved_and_other_files_stay(made, folder):
     assert torch.equal(again.model.vision.positions, made.model.vision.positions * 0.5)
     assert again.fingerprint != made.fingerprint
     assert (folder / "model-notes.txt").exists()
+
+
+def test_a_wrapped_model_is_saved_as_what_it_is_and_a_foreign_one_is_not(made, tmp_path):
+    model = pretrained().model
+    model.__class__ = type("FSDPBEiT3", (type(model),), {"__module__": "elsewhere"})
+    save_pretrained(model, tmp_path / "model", tokenizer=made.tokenizer, preprocessor={"text_tokens": 16})
+    assert load(tmp_path / "model").fingerprint == made.fingerprint
+    with pytest.raises(ConfigError, match="Linear is no model of multiway.systems, which has beit3"):
+        save_pretrained(torch.nn.Linear(1, 1), tmp_path / "other")
+
+
+def test_a_full_disk_is_said_so(made, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(io, "save_file", full)
+    with pytest.raises(WriteError, match="No space left"):
+        made.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+def test_a_run_s_folder_stands_for_its_final_model(made, tmp_path):
+    made.save_pretrained(tmp_path / "run" / "final")
+    assert load(tmp_path / "run").fingerprint == made.fingerprint
 
 
 def test_a_model_that_is_not_what_its_config_says_is_not_saved(tmp_path):

@@ -15,7 +15,7 @@ from multiway.errors import ConfigError, MultiwayError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exit codes are those of :mod:`multiway.errors`."""
+    """Run one command; exit codes are those of `multiway.errors`."""
     parser = build_parser()
     given, rest = parser.parse_known_args(arguments)
     if rest and given.command != "train" and given.command != "show":
@@ -60,14 +60,20 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--config", type=Path, help="settings of an earlier run, its run.json, instead of a recipe")
     own.add_argument("--steps", type=int, help="short for --schedule.steps")
     own.add_argument("--resume", choices=("auto", "no"), default="auto")
-    own.add_argument("--change", default="", help="settings that may differ from the run being resumed, comma-separated")
+    own.add_argument(
+        "--change", default="", help="settings that may differ from the run being resumed, comma-separated"
+    )
 
     own = command("evaluate", evaluate, "measure a model on a task")
     own.add_argument("model", help="a model folder, a run folder, or a hub id")
     own.add_argument("--task", required=True, choices=("retrieval", "zero_shot"))
-    own.add_argument("--data", help="pictures with captions (retrieval) or in folders by class (zero_shot); none = scenes")
+    own.add_argument(
+        "--data", help="pictures with captions (retrieval) or in folders by class (zero_shot); none = scenes"
+    )
     own.add_argument("--split", help="which split of the data")
-    own.add_argument("--prompt", action="append", help="zero_shot: a template such as 'a photo of a {}'; may be repeated")
+    own.add_argument(
+        "--prompt", action="append", help="zero_shot: a template such as 'a photo of a {}'; may be repeated"
+    )
 
     own = command("embed", embed, "turn pictures and texts into vectors; started again, it continues")
     own.add_argument("source")
@@ -80,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("--model", help="default: the model the store was made with")
     own.add_argument("-k", type=int, default=5)
 
-    data = commands.add_parser("data", help="index, check and describe data", description="index, check and describe data")
+    data = commands.add_parser(
+        "data", help="index, check and describe data", description="index, check and describe data"
+    )
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     own = kinds.add_parser("index", help="read every record once and write an index", description="make an index")
     own.add_argument("root")
@@ -114,7 +122,7 @@ def quickstart(given: argparse.Namespace) -> None:
 def list_recipes(given: argparse.Namespace) -> None:
     """Recipes with their first sentence, then models."""
     found = [(name, text) for name, text in recipes.names() if fnmatch.fnmatch(name, given.pattern)]
-    from multiway import list_models
+    from multiway.pretrained import list_models
 
     models = list_models(given.pattern)
     if not found and not models:

@@ -58,7 +58,7 @@ def save(config: Any, path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a saved config as a nested mapping; :func:`apply` it to the recipe it names."""
+    """Read a saved config as a nested mapping; `apply` it to the recipe it names."""
     if not path.is_file():
         raise MissingInputError(f"{path}: no such file; a run folder keeps its settings in run.json")
     try:

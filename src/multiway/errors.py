@@ -7,6 +7,7 @@ locked, 78 resume refused. A supervisor may loop on 75 only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 
@@ -34,6 +35,14 @@ class RecordError(DataError):
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Callable[..., RecordError], tuple[str, str]]:
+        """Cross from a loader worker with its reason."""
+        return _record_error, (str(self), self.reason)
+
+
+def _record_error(message: str, reason: str) -> RecordError:
+    return RecordError(message, reason=reason)
 
 
 class ShardError(DataError):

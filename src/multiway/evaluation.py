@@ -28,8 +28,8 @@ def evaluate_model(
     """Figures of a model on a task.
 
     ``source``: a model folder, a run folder (its ``final/`` is taken) or a hub id; ``task``: ``retrieval`` (pictures
-    with captions) or ``zero_shot`` (pictures in folders named after their class); ``data``: None = the embedded held-out
-    scenes; ``prompts``: zero-shot templates with ``{}`` for the class.
+    with captions) or ``zero_shot`` (pictures in folders named after their class); ``data``: None = the embedded
+    held-out scenes; ``prompts``: zero-shot templates with ``{}`` for the class.
 
     An evaluation tolerates no bad record: it raises DataError (65) and names it.
     """
@@ -64,7 +64,9 @@ def _zero_shot(model: Pretrained, data: str | None, split: str | None, prompts: 
     if data is None:
         scenes, digits = builtin.one_digit_scenes(SCENES)
         pictures = torch.from_numpy(scenes.images)
-        return dict(zero_shot.evaluate(model.encode_image, model.encode_text, pictures, digits, builtin.digit_prompts()))
+        return dict(
+            zero_shot.evaluate(model.encode_image, model.encode_text, pictures, digits, builtin.digit_prompts())
+        )
     images, labels = [], []
     with indexed(model, data, split) as index:
         for source in index.sources:

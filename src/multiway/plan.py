@@ -3,7 +3,7 @@
 Every modality's real tokens form one contiguous block of rows, without padding, in the order
 ``image of image-only | image of pairs | text of pairs | text of text-only``, so that the vision expert, the language
 expert and the vision-language expert each own ONE slice of the matrix and run one GEMM per projection. Only attention
-sees the samples: each kind of sample is a :class:`Group`, gathered to (B, N, D) and padded to its longest.
+sees the samples: each kind of sample is a `Group`, gathered to (B, N, D) and padded to its longest.
 
 A plan is made once, when the batch is collated, on the CPU; sizes are Python ints, indices are tensors.
 """
@@ -11,7 +11,7 @@ A plan is made once, when the batch is collated, on the CPU; sizes are Python in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,14 +73,18 @@ class Plan:
         """Number of samples of all kinds."""
         return sum(group.samples for group in self.groups)
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities of the batch, in row order."""
+        return tuple(dict.fromkeys(segment.modality for segment in self.segments))
+
     def extent(self, modality: str) -> tuple[int, int]:
         """First row and one past the last row of a modality; (0, 0) when the batch has none of it."""
         start = 0
-        for segment in self.segments:
-            if segment.modality == modality:
-                more = sum(s.rows for s in self.segments if s.modality == modality)
-                return start, start + more
-            start += segment.rows
+        for name, rows in self.runs(self.modalities):
+            if name == modality:
+                return start, start + rows
+            start += rows
         return 0, 0
 
     def part(self, modality: str, kind: str) -> int:
@@ -105,18 +109,24 @@ class Plan:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """Return the plan with its tensors on ``device``."""
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Plan:
+        """Return the plan with its tensors in pinned memory (the loader asks for it)."""
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, fn: Callable[[Tensor], Tensor]) -> Plan:
+        """The plan with ``fn`` applied to every tensor."""
 
         def moved(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=non_blocking)
+            return None if x is None else fn(x)
 
         groups = tuple(
             dataclasses.replace(g, index=moved(g.index), inverse=moved(g.inverse), keep=moved(g.keep))
             for g in self.groups
         )
-        starts = {name: x.to(device, non_blocking=non_blocking) for name, x in self.starts.items()}
-        position = self.position.to(device, non_blocking=non_blocking)
-        sample = self.sample.to(device, non_blocking=non_blocking)
-        return Plan(self.segments, groups, position, sample, starts)
+        starts = {name: fn(x) for name, x in self.starts.items()}
+        return Plan(self.segments, groups, fn(self.position), fn(self.sample), starts)
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,8 @@ def make_plan(kinds: Mapping[str, Mapping[str, Lengths]], *, causal_text: bool =
     samples are left out. ``causal_text``: text tokens see the whole image and the text up to themselves, image tokens
     see the image alone (captioning).
 
-    Raises ValueError when the modalities of a kind disagree about the number of samples or a length is below 1.
+    Raises ValueError when the modalities of a kind disagree about the number of samples, a length is below 1, or the
+    rows of a modality would not be contiguous in this order of kinds.
     """
     segments: list[Segment] = []
     groups: list[Group] = []
@@ -190,6 +201,9 @@ def make_plan(kinds: Mapping[str, Mapping[str, Lengths]], *, causal_text: bool =
         positions += group_positions
         samples += [s + first_sample for s in group_samples]
         first_sample += count
+    order = [s.modality for i, s in enumerate(segments) if i == 0 or segments[i - 1].modality != s.modality]
+    if len(order) != len(set(order)):
+        raise ValueError(f"kinds in the order {list(kinds)} scatter a modality over the rows ({order}); reorder them")
     return Plan(
         tuple(segments),
         tuple(groups),
@@ -207,7 +221,7 @@ def _group(
     causal_text: bool,
 ) -> Group:
     """Index, inverse and visibility of one kind's sequences; all None where the rows already are (B, N)."""
-    total = sum(n for _, n in lengths)
+    total = np.sum([n for _, n in lengths], axis=0)
     count, longest, rows = len(total), int(total.max()), int(total.sum())
     ragged = rows != count * longest
     before = np.zeros(count, np.int64)  # tokens of earlier modalities in each sample's joint sequence
@@ -220,7 +234,7 @@ def _group(
     if ragged:
         keep = (np.arange(longest) < total[:, None])[:, None, None, :]
     if causal_text and any(name == "text" for name, _ in lengths):
-        image = sum((n for name, n in lengths if name != "text"), np.zeros(count, np.int64))
+        image = np.zeros(count, np.int64) + sum(n for name, n in lengths if name != "text")
         query, key = np.arange(longest)[:, None], np.arange(longest)
         sees = (key < image[:, None, None]) | ((key <= query) & (query >= image[:, None, None]))
         keep = sees[:, None] if keep is None else sees[:, None] & keep

@@ -2,9 +2,9 @@
 
 A folder holds everything a model needs to be used: ``config.json`` (which system, and its config),
 ``model.safetensors`` (or numbered parts and their index), ``tokenizer.json``, ``preprocessor_config.json``
-(:class:`Preprocessor`) and ``README.md`` (the card). All of it is data with a closed schema; nothing in it is ever run.
+(`Preprocessor`) and ``README.md`` (the card). All of it is data with a closed schema; nothing in it is ever run.
 
-The names of models are those of ``PRESETS`` in every module of :mod:`multiway.systems`, found by reading that folder.
+The names of models are those of ``PRESETS`` in every module of `multiway.systems`, found by reading that folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import pkgutil
@@ -31,8 +30,8 @@ from torch import Tensor, nn
 
 from multiway import config as settings
 from multiway import systems
-from multiway.data.image import CONVERTED_MODES, Limits, View, decode
-from multiway.data.records import parse_json, read_bytes
+from multiway.data.picture import Picture, whole_picture
+from multiway.data.records import parse_json
 from multiway.data.text import TextTokenizer
 from multiway.errors import ConfigError, MissingInputError, RecordError, WriteError
 from multiway.weights.card import model_card
@@ -48,9 +47,6 @@ BATCH = 64
 CONFIG, TOKENIZER, PREPROCESSOR, CARD = "config.json", "tokenizer.json", "preprocessor_config.json", "README.md"
 HUB_FILES = [CONFIG, TOKENIZER, PREPROCESSOR, "model*.safetensors", "model.safetensors.index.json"]
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-Picture = str | Path | bytes | Image.Image | Tensor
-"""A file, the bytes of one, a Pillow picture, or uint8 (3, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +93,7 @@ class Preprocessor:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model with everything that belongs to it: what :func:`load` returns.
+    """A model with everything that belongs to it: what `load` returns.
 
     ``name``: the folder or hub id it came from; ``precision``: of the matrix products, ``"bf16"`` runs under autocast.
     """
@@ -127,30 +123,14 @@ class Pretrained:
     def picture(self, picture: Picture) -> Tensor:
         """One picture as the model sees it: uint8 (3, image_px, image_px).
 
-        Raises MissingInputError for a file that is not there, RecordError for one that is not a usable picture.
+        Raises as `whole_picture`.
         """
-        view = View(px=self.preprocessor.image_px)
-        if isinstance(picture, Tensor):
-            if picture.dtype != torch.uint8 or picture.ndim != 3 or len(picture) != 3:
-                shape = f"{picture.dtype} {tuple(picture.shape)}"
-                raise ConfigError(f"a picture as a tensor is uint8 (3, H, W), RGB; this one is {shape}")
-            return view(picture)
-        if isinstance(picture, Image.Image):
-            picture = _encoded(picture)
-        if isinstance(picture, bytes):
-            return view(decode(picture, px=view.source_px).image)
-        if not Path(picture).exists():
-            raise MissingInputError(f"{picture}: no such picture")
-        try:
-            data = read_bytes(Path(picture).resolve(), most=Limits().max_bytes).data
-            return view(decode(data, px=view.source_px).image)
-        except RecordError as error:
-            raise RecordError(f"{picture}: {error}", reason=error.reason) from error
+        return whole_picture(picture, self.preprocessor.image_px)
 
     def encode_image(self, images: Picture | Iterable[Picture], *, batch: int = BATCH) -> Tensor:
         """Unit vectors (N, D) float32, on the CPU, of one or many pictures; also of uint8 (N, 3, H, W).
 
-        Raises ConfigError for no picture at all, otherwise as :meth:`picture`.
+        Raises ConfigError for no picture at all, otherwise as `picture`.
         """
         model: Any = self.model
         single = isinstance(images, str | Path | bytes | Image.Image) or (
@@ -189,7 +169,7 @@ class Pretrained:
         return torch.empty_like(joined).index_copy_(0, torch.tensor(order), joined)
 
     def save_pretrained(self, folder: str | Path, *, card: Mapping[str, Any] | str = "") -> None:
-        """:func:`save_pretrained` of all its parts."""
+        """`save_pretrained` of all its parts."""
         given = dataclasses.asdict(self.preprocessor)
         save_pretrained(self.model, folder, tokenizer=self.tokenizer, preprocessor=given, card=card)
 
@@ -206,10 +186,10 @@ def encode(
 ) -> Tensor:
     """Unit vectors (N, D) float32 of pictures or of texts: inner products are cosines, within and across both.
 
-    ``model``: what :func:`load` returns, or for pictures the bare model; exactly one of ``image`` and ``text``, one or
-    many each (:data:`Picture`), because retrieval vectors are made of either alone. ``batch``: computed at once.
+    ``model``: what `load` returns, or for pictures the bare model; exactly one of ``image`` and ``text``, one or
+    many each (`Picture`), because retrieval vectors are made of either alone. ``batch``: computed at once.
 
-    Raises ConfigError for both or neither, otherwise as :meth:`Pretrained.encode_image` and its sister.
+    Raises ConfigError for both or neither, otherwise as `Pretrained.encode_image` and its sister.
     """
     if not isinstance(model, Pretrained):
         shape: Any = model.config
@@ -222,7 +202,7 @@ def encode(
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that :func:`create_model` knows and that match a pattern such as ``"beit3*"``, sorted."""
+    """Names that `create_model` knows and that match a pattern such as ``"beit3*"``, sorted."""
     return sorted(fnmatch.filter(_presets(), pattern))
 
 
@@ -230,9 +210,9 @@ def create_model(name: str, pretrained: str | Path | None = None, **overrides: A
     """Make a model by name, with settings of its config overridden.
 
     ``pretrained``: None = initialised from torch's global generator, else the folder or hub id of weights that fit
-    exactly; to take the shape from the folder too, use :func:`load`.
+    exactly; to take the shape from the folder too, use `load`.
 
-    Raises ConfigError for an unknown name or setting, with the nearest one, or a bad value; else as :func:`load`.
+    Raises ConfigError for an unknown name or setting, with the nearest one, or a bad value; else as `load`.
     """
     presets = _presets()
     if name not in presets:
@@ -285,10 +265,10 @@ def save_pretrained(
     card: Mapping[str, Any] | str = "",
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model as a Hugging Face folder that :func:`load` and the hub understand, over one that is there.
+    """Write a model as a Hugging Face folder that `load` and the hub understand, over one that is there.
 
-    ``preprocessor``: values of :class:`Preprocessor` that differ from those model and tokenizer imply; ``card``: as
-    :func:`~multiway.weights.card.model_card` takes it; ``weights``: the state dict to write instead of the model's own
+    ``preprocessor``: values of `Preprocessor` that differ from those model and tokenizer imply; ``card``: as
+    `model_card` takes it; ``weights``: the state dict to write instead of the model's own
     (averaged or gathered weights). The config goes last: a folder without it is one whose writing was cut short.
 
     Raises ConfigError when config, weights, tokenizer and preprocessor do not fit together, WriteError when the disk
@@ -340,12 +320,13 @@ def _model_class(system: ModuleType) -> Any:
 
 
 def _described(model: nn.Module) -> dict[str, Any]:
-    """The content of ``config.json``."""
-    name = type(model).__module__.rpartition(".")[2]
-    if name not in _systems():
+    """The content of ``config.json``; a wrapper that is a subclass, such as FSDP's, does not count."""
+    modules = {cls.__module__ for cls in type(model).__mro__}
+    names = [name for name, system in _systems().items() if system.__name__ in modules]
+    if not names:
         raise ConfigError(f"{type(model).__name__} is no model of multiway.systems, which has {', '.join(_systems())}")
     shape: Any = model.config
-    return {"system": name, "format": FORMAT, **settings.plain(shape)}
+    return {"system": names[0], "format": FORMAT, **settings.plain(shape)}
 
 
 def _blank(system: ModuleType, shape: Any) -> nn.Module:
@@ -401,18 +382,6 @@ def _write_text(path: Path, text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- vectors
-
-
-def _encoded(picture: Image.Image) -> bytes:
-    """A Pillow picture as a file, so that it is read by the rules of all files (transparency, 16 bits, orientation)."""
-    if picture.mode in CONVERTED_MODES:
-        picture = picture.convert("RGB")
-    buffer = io.BytesIO()
-    try:
-        picture.save(buffer, "PNG", compress_level=0, exif=picture.getexif())
-    except OSError as error:
-        raise RecordError(f"pixels of mode {picture.mode!r} have no known range: {error}", reason="mode") from error
-    return buffer.getvalue()
 
 
 def _joined(vectors: list[Tensor], what: str) -> Tensor:

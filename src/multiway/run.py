@@ -11,14 +11,14 @@ class Data:
     """What a step is made of.
 
     ``root``: a folder of your data, or an index made by ``multiway data index``; None = the embedded scenes.
-    ``split``: which split of the root; None = ``train`` where it has several. ``more``: further roots, each mixed in with its weight
-    (relative to 1 for ``root``) in every kind it has. ``images``, ``texts``, ``pairs``: items of each kind in one
-    optimiser step over all processes, 0 = none; where there are no pictures or texts alone, those of pairs are used.
-    ``image_scale``, ``pair_scale``: smallest share of a picture's area that a crop keeps (largest: all). ``flip``:
-    mirror half of the pictures. ``jitter``: strength of brightness, contrast and saturation changes. ``text_tokens``:
-    longest text of a pair, with its two specials; ``window``: the same of texts alone. ``vocab``: size of the
-    tokenizer trained on your texts when ``tokenizer`` names no file. ``workers``: loader processes, 0 = inline.
-    ``max_bad``: share of records that may be bad before the run stops (exit 65).
+    ``split``: which split of the root; None = ``train`` where it has several. ``more``: further roots, each mixed in
+    with its weight (relative to 1 for ``root``) in every kind it has. ``images``, ``texts``, ``pairs``: items of
+    each kind in one optimiser step over all processes, 0 = none; where there are no pictures or texts alone, those
+    of pairs are used. ``image_scale``, ``pair_scale``: smallest share of a picture's area that a crop keeps
+    (largest: all). ``flip``: mirror half of the pictures. ``jitter``: strength of brightness, contrast and
+    saturation changes. ``text_tokens``: longest text of a pair, with its two specials; ``window``: the same of texts
+    alone. ``vocab``: size of the tokenizer trained on your texts when ``tokenizer`` names no file. ``workers``:
+    loader processes, 0 = inline. ``max_bad``: share of records that may be bad before the run stops (exit 65).
     """
 
     root: str | None = None

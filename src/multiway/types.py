@@ -2,23 +2,21 @@
 
 A **batch** is a plain ``dict`` with this closed vocabulary (B images, R text tokens, S samples, P patches):
 
-=================  ======================  =========================================================================
-key                type, shape             meaning
-=================  ======================  =========================================================================
-``plan``           :class:`~multiway.plan.Plan`  how the tokens of all samples lie in one matrix
-``image``          uint8 (B, 3, H, W)      pictures, RGB; those of image-only samples first, then those of pairs
-``image_hide``     bool (B, P)             True = this patch is hidden from the model and must be predicted
-``image_hidden``   int64 (M,)              the True places of ``image_hide`` as flat indices, ascending
-``image_code``     int64 (B, P)            visual token of every patch; absent when the objective computes them
-``text``           int64 (R,)              token ids of all texts, packed: those of pairs first, then text-only
-``text_hidden``    int64 (K,)              indices into ``text`` of the tokens to predict, ascending
-``text_target``    int64 (K,)              the ids that stood there before corruption
-``image_match``    int64 (A,)              numbers of the pictures that are contrasted, among all pictures
-``text_match``     int64 (A,)              numbers of their texts, among all texts; absent = all, in order
-``drop_path``      float32 (2 L, S)        uniform draws in [0, 1) per branch and sample; absent = nothing is dropped
-``sample``         int64 (S,)              number of each record in its kind's source, in plan order
-``label``          int64 (S,)              class of each sample (fine-tuning tasks)
-=================  ======================  =========================================================================
+| key | type, shape | meaning |
+|---|---|---|
+| `plan` | `Plan` | how the tokens of all samples lie in one matrix |
+| `image` | uint8 (B, 3, H, W) | pictures, RGB; those of image-only samples first, then those of pairs |
+| `image_hide` | bool (B, P) | True = this patch is hidden from the model and must be predicted |
+| `image_hidden` | int64 (M,) | the True places of ``image_hide`` as flat indices, ascending |
+| `image_code` | int64 (B, P) | visual token of every patch; absent when the objective computes them |
+| `text` | int64 (R,) | token ids of all texts, packed: those of pairs first, then text-only |
+| `text_hidden` | int64 (K,) | indices into ``text`` of the tokens to predict, ascending |
+| `text_target` | int64 (K,) | the ids that stood there before corruption |
+| `image_match` | int64 (A,) | numbers of the pictures that are contrasted, among all pictures |
+| `text_match` | int64 (A,) | numbers of their texts, among all texts; absent = all, in order |
+| `drop_path` | float32 (2 L, S) | uniform draws in [0, 1) per branch and sample; absent = nothing is dropped |
+| `sample` | int64 (S,) | number of each record in its kind's source, in plan order |
+| `label` | int64 (S,) | class of each sample (fine-tuning tasks) |
 
 Everything random in a batch was drawn when it was collated, from (seed, epoch, record): an objective is a
 deterministic function of its batch.
@@ -79,6 +77,11 @@ class Objective(nn.Module):
     splittable: ClassVar[bool] = True
     """Whether the loss of a batch is the sum of the losses of its parts (contrastive losses are not)."""
 
+    model: Any
+    """What is trained: an ``nn.Module`` with the verbs its objective uses, ``encoder.blocks``, ``layers``,
+    ``layer_of``.
+    """
+
     def counts(self, batch: Batch) -> dict[str, int]:
         """Number of items of every loss term in a batch on the CPU, before any forward."""
         raise TypeError(f"{type(self).__name__} does not say how many items its terms have: define counts()")
@@ -96,4 +99,4 @@ class Objective(nn.Module):
 
     def apply_model(self, fn: Callable[[nn.Module], Any]) -> Any:
         """Call ``fn(model)``; under FSDP this is how an evaluation reaches the gathered model."""
-        return fn(self.model)  # type: ignore[arg-type]
+        return fn(self.model)

@@ -121,7 +121,10 @@ def test_d1_few_damaged_shards_may_pass_by_setting(tmp_path):
     made = build(tmp_path, tmp_path / "out", max_bad_shards=0.5, max_bad_fraction=0.1, vocab=64, progress=False)
     assert 40 < len(made.sources[0]) < 60
     lines = [json.loads(line) for line in (made.folder / "quarantine.jsonl").read_text().splitlines()]
-    assert [(x["scope"], x["file"], x["stage"]) for x in lines] == [("shard", "b.tar", "read"), ("record", "b.tar", "parse")]
+    assert [(x["scope"], x["file"], x["stage"]) for x in lines] == [
+        ("shard", "b.tar", "read"),
+        ("record", "b.tar", "parse"),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- D2 - D4
@@ -156,7 +159,7 @@ def test_d2_hostile_members_are_refused_and_touch_no_file(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     assert {f.where.key: f.reason for f in report.faults} == {
         **{"/etc/a": "name", "../b": "name", "x/../../c": "name", "n\ne": "name"},
-        **{key: "member_type" for key in "lhdfs"},
+        **dict.fromkeys("lhdfs", "member_type"),
     }
     assert sum(report.indexed.values()) == 1
 
@@ -300,7 +303,13 @@ def test_d6_bombs_are_refused_by_their_header(tmp_path):
     root = write(tmp_path, bombs())
     report = scanned(root)
     assert report.seen == report.quarantined == 6
-    assert {f.where.key for f in report.faults if f.reason == "pixels"} >= {"b.png", "b.gif", "b.bmp", "b.tiff", "b.webp"}
+    assert {f.where.key for f in report.faults if f.reason == "pixels"} >= {
+        "b.png",
+        "b.gif",
+        "b.bmp",
+        "b.tiff",
+        "b.webp",
+    }
     assert all(f.reason in ("pixels", "corrupt", "unreadable") for f in report.faults)
 
 
@@ -384,7 +393,9 @@ def test_d14_text_that_is_not_utf8_is_refused_with_its_place(tmp_path):
 def test_d14_what_the_sanitizer_changes_is_counted(tmp_path):
     texts = ["\ufeffbom", "nul\x00", "\ud800", "e\u0301", "x" * 100_001, "clean", "<s> <mask>"]
     rows = [{"image": "a.png", "text": text} for text in texts]
-    made = build(write(tmp_path / "raw", {"a.jsonl": jsonl(*rows), "a.png": png()}), tmp_path / "out", vocab=64, progress=False)
+    made = build(
+        write(tmp_path / "raw", {"a.jsonl": jsonl(*rows), "a.png": png()}), tmp_path / "out", vocab=64, progress=False
+    )
     assert made.manifest["report"]["notes"] == {
         "invisible_removed": 1,
         "controls_removed": 1,
@@ -408,7 +419,11 @@ def test_d16_empty_captions_are_dropped_or_their_pair_is_refused(tmp_path):
     ]
     write(tmp_path, {"a.jsonl": jsonl(*rows), "a.png": png(), "b.csv": "image,text\na.png,\na.png, \n"})
     report = scanned(tmp_path / "a.jsonl")
-    assert [(f.where.line, f.reason) for f in report.faults] == [(2, "empty_text"), (3, "empty_text"), (4, "empty_text")]
+    assert [(f.where.line, f.reason) for f in report.faults] == [
+        (2, "empty_text"),
+        (3, "empty_text"),
+        (4, "empty_text"),
+    ]
     assert report.indexed == {("a", "pair"): 2} and report.notes["empty_text_dropped"] == 2
     table = scanned(tmp_path / "b.csv")
     assert table.indexed == {("b", "image"): 1} and [f.where.line for f in table.faults] == [3]
@@ -519,8 +534,23 @@ def test_d19_a_folder_is_walked_without_following_links_out(tmp_path):
     assert faults(root) == [("out.png", "path")]
 
 
+def test_d19_files_that_may_not_be_read_are_listed(tmp_path, monkeypatch):
+    root = write(tmp_path, {"a.png": png(), "b.png": png(), "c.txt": "words"})
+    opened = os.open
+
+    def closed(path, *args, **kwargs):
+        if not str(path).endswith("b.png"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr("multiway.data.records.os.open", closed)
+    report = scanned(root)
+    assert [(f.where.key, f.reason) for f in report.faults] == [("a.png", "permission"), ("c.txt", "permission")]
+    assert sum(report.indexed.values()) == 1
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_d19_files_and_folders_without_permission_are_listed(tmp_path):
+def test_d19_folders_without_permission_are_listed(tmp_path):
     root = write(tmp_path, {"a.png": png(), "closed/b.png": png(), "c.png": png()})
     (root / "a.png").chmod(0)
     (root / "closed").chmod(0)
@@ -538,7 +568,9 @@ def test_d19_missing_pictures_count_or_are_listed_by_policy(tmp_path):
     assert "a.jsonl 5.png, line 6" in message and "8.png" not in message  # the first three
     assert "out.rejected" in message and not (tmp_path / "out").exists()
     listed = [json.loads(line) for line in (tmp_path / "out.rejected" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(x["key"], x["line"], x["reason"]) for x in listed] == [(f"{i}.png", i + 1, "missing") for i in range(5, 10)]
+    assert [(x["key"], x["line"], x["reason"]) for x in listed] == [
+        (f"{i}.png", i + 1, "missing") for i in range(5, 10)
+    ]
     made = build(root, tmp_path / "out", vocab=32, missing="skip", progress=False)
     assert len(made.sources[0]) == 5 and not (tmp_path / "out.rejected").exists()
     report = made.manifest["report"]
@@ -593,7 +625,9 @@ def test_d22_flaky_storage_is_read_again_and_counted(tmp_path, number, monkeypat
     monkeypatch.setattr("multiway.data.records.os.open", flaky)
     report = scanned(root)
     assert not report.faults and report.notes == {"read_again": 2}
-    monkeypatch.setattr("multiway.data.records.os.open", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk")))
+    monkeypatch.setattr(
+        "multiway.data.records.os.open", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk"))
+    )
     assert {reason for _, reason in faults(root)} == {"io"}
 
 
@@ -601,7 +635,7 @@ def test_d22_flaky_storage_is_read_again_and_counted(tmp_path, number, monkeypat
 
 
 def test_nothing_is_lost_silently_over_a_heap_of_faults(tmp_path):
-    """Good and bad records of all kinds: every one is indexed or listed, with file and key, and bad data exit with 65."""
+    """Good and bad records of all kinds: every one is indexed or listed, with file and key; too many exit with 65."""
     rng = random.Random(1)
     rows, files, bad = [], {}, set()
     for i in range(300):
@@ -620,7 +654,9 @@ def test_nothing_is_lost_silently_over_a_heap_of_faults(tmp_path):
     made = build(root, tmp_path / "out", max_bad_fraction=0.9, vocab=64, progress=False)
     lines = [json.loads(line) for line in (made.folder / "quarantine.jsonl").read_text().splitlines()]
     assert {line["line"] - 1 for line in lines} == bad and len(lines) == len(bad)
-    assert {made.sources[0].key(i) for i in range(len(made.sources[0]))} == {f"p/{i}.png" for i in set(range(300)) - bad}
+    assert {made.sources[0].key(i) for i in range(len(made.sources[0]))} == {
+        f"p/{i}.png" for i in set(range(300)) - bad
+    }
     report = made.manifest["report"]
     assert report["seen"] == 300 == report["indexed"] + report["quarantined"]
     for line in lines:

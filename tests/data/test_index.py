@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from multiway.data import index
 from multiway.data.columns import Table
 from multiway.data.image import Limits, decode
 from multiway.data.index import Index, build, check, describe, overlap
@@ -42,7 +41,11 @@ def root(tmp_path) -> Path:
 def test_everything_good_is_in_the_index(root, tmp_path):
     made = build(root, tmp_path / "out", **QUIET)
     pairs, images, texts = made.sources
-    assert [(s.name, s.kind, len(s)) for s in made.sources] == [("set", "pair", 3), ("set", "image", 1), ("set", "text", 1)]
+    assert [(s.name, s.kind, len(s)) for s in made.sources] == [
+        ("set", "pair", 3),
+        ("set", "image", 1),
+        ("set", "text", 1),
+    ]
     assert made.manifest["report"]["seen"] == made.manifest["report"]["indexed"] == 6
     assert [pairs.key(i) for i in range(3)] == ["a.png", "c.png", "a.png"]
     assert pairs.strings(0) == ["a red dog", "the dog"] and pairs.strings(2) == ["the same dog again"]
@@ -263,5 +266,14 @@ def test_real_captions_come_back(tmp_path):
         assert source.image(i).shape == (3, 224, 224)
 
 
-def test_names_of_the_module_are_what_the_rest_uses():
-    assert {"Index", "Source", "build", "check", "describe", "overlap", "Report"} == set(index.__all__)
+def test_a_root_without_records_is_missing_input(tmp_path):
+    root = write(tmp_path / "raw", {"a.md": "words", "b.md": ""})
+    with pytest.raises(MissingInputError, match=r"nothing to read.*'\.md': 2"):
+        build(root, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_of_texts_are_counted_as_unused(tmp_path):
+    root = write(tmp_path / "raw", {"a.tsv": "text\tlabel\ngood\t1\nbad\t0\n"})
+    made = build(root, tmp_path / "out", **QUIET)
+    assert made.manifest["report"]["notes"] == {"label_unused": 2} and made.labels == ()

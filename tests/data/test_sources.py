@@ -81,7 +81,7 @@ def test_csv_and_tsv_follow_their_header(tmp_path):
         ("pair", "x.png", ('a "red", big\nball',), "3"),
         ("image", "y.png", (), None),
         ("text", None, ("only text",), None),
-        ("pair", "z.png", ("\"quoted\" it's",), None),
+        ("pair", "z.png", ('"quoted" it\'s',), None),
     ]
     assert [item.where.line for item in read(tmp_path)] == [2, 4, 6, 2]
 
@@ -173,7 +173,9 @@ def test_a_root_must_be_there_and_a_table_must_name_its_columns(tmp_path):
             read(tmp_path / "t.csv")
 
 
-@given(st.lists(st.one_of(st.binary(max_size=30), st.text(max_size=20).map(lambda t: json.dumps({"text": t}).encode()))))
+@given(
+    st.lists(st.one_of(st.binary(max_size=30), st.text(max_size=20).map(lambda t: json.dumps({"text": t}).encode())))
+)
 def test_every_line_of_a_jsonl_is_a_record_or_a_fault(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("fuzz") / "x.jsonl"
     content = b"\n".join(lines)

@@ -44,7 +44,9 @@ def test_each_rule_of_the_sanitizer(raw, clean, notes):
     assert sanitize(raw) == (clean, notes)
 
 
-ANY_TEXT = st.text(st.characters(codec=None) | st.sampled_from("<>/s\ud800\udfff\u0301\u200b\ufeff \n\x00▁"), max_size=60)
+ANY_TEXT = st.text(
+    st.characters(codec=None) | st.sampled_from("<>/s\ud800\udfff\u0301\u200b\ufeff \n\x00▁"), max_size=60
+)
 
 
 @given(text=ANY_TEXT, cap=st.integers(1, 50))

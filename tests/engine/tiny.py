@@ -1,18 +1,21 @@
-"""A run that takes milliseconds a step and has everything that must survive: experts, average, augmentation, masks, drop path.
+"""A run of milliseconds a step that has all that must survive: experts, average, augmentation, masks, drop path.
 
-Its records are in memory: fixed random pictures and texts, so that a test needs no files. What a test wants to go wrong
-is said by a :class:`Twist`, which can be sent to another process.
+Its records are in memory, fixed random pictures and texts, so a test needs no files. What a test wants to go wrong is
+said by a :class:`Twist`, which can be sent to another process.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import os
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,34 +40,39 @@ MODEL = Config(
 )  # fmt: skip
 WORDS = Words(bos=0, eos=2, mask_id=39, first=4, stop=39, longest=12, window=10)
 SIZES = {"image": 21, "pair": 13, "text": 17}
-"""Records of each kind; a step takes 8 of each, so that epochs end inside steps."""
+"""Records of each kind; a step takes 8 of each, so epochs end inside steps."""
 
 
 @dataclass(frozen=True)
 class Twist:
     """What differs from an ordinary run.
 
-    ``poison``: step (from 1) -> what is made NaN or infinite in it, ``loss`` or ``gradient``, on ``poison_rank`` alone
-    where that is given; ``bad``: records of pictures alone that cannot be read; ``note``: write which samples each step
-    consumed to ``samples-RANK.jsonl``; ``hash``: of the data; ``exported``: what the model is evaluated under.
+    ``at``: step (from 1) -> what happens in its forward, on all ranks or on ``rank`` alone: ``loss`` or ``gradient``
+    becomes infinite, ``term`` sends us SIGTERM, ``pause`` sleeps until killed. ``bad``: records of pictures alone that
+    cannot be read; ``note``: write to ``samples-RANK.jsonl`` which samples each micro-batch held; ``data_hash``;
+    ``own_counts``: divide every micro-batch by its own counts, as if it were a whole step (the usual mistake).
     """
 
-    poison: Mapping[int, str] = field(default_factory=dict)
-    poison_rank: int | None = None
+    at: Mapping[int, str] = field(default_factory=dict)
+    rank: int | None = None
     bad: frozenset[int] = frozenset()
     note: bool = False
-    hash: str = "data"
+    data_hash: str = "data"
+    own_counts: bool = False
+
+
+PLAIN = Twist()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The objective of a run, by name: ``masked`` or ``contrast``."""
+    """The objective of a run: ``masked`` or ``contrast``."""
 
     name: str = "masked"
 
 
 def tiny(steps: int = 8, *, kind: str = "masked", items: int = 8, **changes: Any) -> Run:
-    """A run of ``steps`` steps that saves every second one; ``changes`` replace whole parts."""
+    """A run that saves every second step and evaluates every third; ``changes`` replace whole parts."""
     contrast = kind == "contrast"
     run = Run(
         recipe="tiny",
@@ -111,23 +119,117 @@ class Records:
         return self.ids[record]
 
 
+class Spike(torch.autograd.Function):
+    """Zero, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.new_full(ctx.shape, float("inf"))
+
+
 class Watched:
-    """Lets a test poison an objective and see what it consumes; mixed into the objectives proper."""
+    """In front of an objective: notes what it is given, and does what the twist says."""
 
-    twist: Twist
-    out: Path
-    model: nn.Module
-    done: int
-
-    def counts(self, batch: Any) -> dict[str, int]:
-        self.consumed = [*getattr(self, "consumed", []), batch["sample"].tolist()]
-        return super().counts(batch)  # type: ignore[misc]
+    def watch(self, run: Run, out: Path, twist: Twist) -> None:
+        """``out``: its newest checkpoint tells at which step we begin."""
+        saved = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+        self.micro, self.out, self.twist = run.parallel.micro, out, twist
+        self.micros = self.micro * int(saved[-1].removeprefix("step-")) if saved else 0  # done so far
 
     def forward(self, batch: Any, counts: Any, across: Any) -> Any:
+        step, self.micros = self.micros // self.micro + 1, self.micros + 1
+        if self.twist.note:
+            with (self.out / f"samples-{across.rank}.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "sample": batch["sample"].tolist()}) + "\n")
+        if self.twist.own_counts:
+            parts = self.micro * across.world
+            counts = {name: parts * own for name, own in self.counts(batch).items()}  # type: ignore[attr-defined]
         output = super().forward(batch, counts, across)  # type: ignore[misc]
-        self.steps_seen
+        what = self.twist.at.get(step) if self.twist.rank in (None, across.rank) else None
+        if what == "loss":
+            return dataclasses.replace(output, loss=output.loss * float("nan"))
+        if what == "gradient":
+            spike = Spike.apply(self.model.vision.cls_token)  # type: ignore[attr-defined]
+            return dataclasses.replace(output, loss=output.loss + spike)
+        if what == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if what == "pause":
+            time.sleep(600)
         return output
 
 
-def build(run: Run, out: Path, twist: Twist = Twist()) -> Job:
+class Masked(Watched, MaskedDataModeling):
+    """Masked data modelling, watched."""
+
+
+class Contrast(Watched, ImageTextContrast):
+    """Contrast, watched."""
+
+
+def build(run: Run, out: Path, twist: Twist = PLAIN) -> Job:
     """What a recipe's ``build`` does, for records in memory."""
+    torch.manual_seed(run.seed)
+    model = BEiT3(run.model)
+    items = {"image": run.data.images, "pair": run.data.pairs, "text": run.data.texts}
+    sources = {kind: [Records(kind, twist.bad if kind == "image" else frozenset())] for kind in SIZES}
+    streams = [Stream(kind=kind, sources=sources[kind], items=items[kind], seed=run.seed) for kind in SIZES]
+    view = View(px=run.model.image_px, scale=(0.4, 1.0), flip=0.5, jitter=0.4)
+    corpus = Corpus(sources=sources, weights=dict.fromkeys(SIZES), tokenizer=None, hash="")  # type: ignore[arg-type]
+    load = Load(corpus=corpus, views={"image": view, "pair": view}, seed=run.seed)
+    shape = {"words": WORDS, "grid": run.model.grid, "branches": 2 * run.model.depth if run.model.drop_path else 0}
+    objective: Any
+    if run.objective.name == "masked":
+        book = PatchCodebook(run.model.codes, run.model.patch)
+        book.centroids.uniform_(generator=torch.Generator().manual_seed(0))
+        objective = Masked(model, book)
+        collate: Any = MaskedCollate(**shape)
+    else:
+        objective = Contrast(model)
+        collate = DualCollate(**shape)
+    objective.init_weights()
+    objective.watch(run, out, twist)
+
+    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        save_file({name: x.contiguous() for name, x in weights.items()}, folder / "model.safetensors")
+
+    batches = Batches(streams, load, collate)
+    return Job(objective=objective, batches=batches, data_hash=twist.data_hash, export=export, evaluate=evaluate)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module) -> dict[str, Any]:
+    """Numbers that depend on every block, as a task would compute them: outside autograd altogether."""
+    records = Records("pair")
+    pictures = torch.stack([record[:, :32, :32] for record in records.images])
+    image = model.encode(image=pictures).prefix("image")
+    text = model.encode(text=[torch.from_numpy(ids) for ids in records.ids]).prefix("text")
+    return {"image": float(image.double().square().mean()), "text": float(text.double().square().mean())}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, without times."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint of one process, as GROUP/NAME."""
+    return {
+        f"{file.name.split('-')[0]}/{name}": x
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
+
+
+def left(out: Path) -> dict[str, Any]:
+    """All that a finished run left, for comparison to the bit: SHA-256 of files, and rows."""
+    newest = max((out / "checkpoints").glob("step-*"))
+    files = [*newest.iterdir(), *(out / "final").iterdir(), out / "run.json"]
+    hashes = {file.name: sha256(file.read_bytes()).hexdigest() for file in files if file.name != "MANIFEST.json"}
+    return {"hashes": hashes, "metrics": rows(out / "metrics.jsonl"), "eval": rows(out / "eval.jsonl")}

@@ -18,7 +18,7 @@ PARTS = {"nn", "data", "metrics", "weights"}
 BUILT = {"backbones", "objectives"}
 SYSTEMS = {"systems", "tasks", "engine"}
 USES = {"recipes", "search", "pretrained"}
-OUTSIDE = {"cli", "serve", "quickstart"}
+OUTSIDE = {"cli", "serve", "quickstart", "report", "evaluation"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(CONTRACTS, CONTRACTS),
@@ -27,8 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"errors", "types", "plan", "nn"},
     "objectives": {"errors"},
     **dict.fromkeys(SYSTEMS, CONTRACTS | PARTS | BUILT),
-    **dict.fromkeys(USES, CONTRACTS | PARTS | BUILT | SYSTEMS),
-    **dict.fromkeys(OUTSIDE, CONTRACTS | PARTS | BUILT | SYSTEMS | USES),
+    **dict.fromkeys(USES, CONTRACTS | PARTS | BUILT | SYSTEMS | {"pretrained"}),
+    **dict.fromkeys(OUTSIDE, CONTRACTS | PARTS | BUILT | SYSTEMS | USES | {"report"}),
     "cli": CONTRACTS | PARTS | BUILT | SYSTEMS | USES | OUTSIDE,
     "__main__": {"cli"},
     "multiway": {"pretrained", "errors"},  # the names users type, imported when first used

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from multiway.errors import ConfigError
 from multiway.tasks.retrieval import evaluate
+from tests.tiny import CAPTIONS, pictures, pretrained
 
 COLOURS = ["red", "green", "blue", "white"]
 
@@ -45,3 +46,14 @@ def test_a_blind_encoder_scores_chance():
 def test_owners_must_cover_the_pictures(owner):
     with pytest.raises(ConfigError, match="owners"):
         evaluate(embed_image, embed_text, torch.arange(4), ["red"] * 4, owner)
+
+
+def test_a_real_encoder_is_measured_by_its_own_vectors():
+    made = pretrained()
+    images, texts = pictures(25), CAPTIONS
+    result = evaluate(made.encode_image, made.encode_text, images, texts)
+    scores = made.encode_image(images) @ made.encode_text(texts).T
+    for way, own in (("image_to_text", scores), ("text_to_image", scores.T)):
+        place = (own > own.diagonal()[:, None]).sum(1)
+        assert result[way] == pytest.approx({f"r{k}": float((place < k).float().mean()) for k in (1, 5, 10)})
+        assert result[way]["r1"] < 0.3  # it is random

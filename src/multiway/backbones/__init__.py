@@ -1,0 +1,1 @@
+"""Backbones: built blocks in a row; no settings, no papers."""

@@ -1,0 +1,1 @@
+"""Data: sources, index, order, views, hiding, batches."""

@@ -1,5 +1,5 @@
 """From samples to a batch: the plan, what is hidden, and the draws of stochastic depth. What a batch is stands in
-:mod:`multiway.types`."""
+`multiway.types`."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class MaskedCollate:
 class DualCollate:
     """Batches for contrast: picture and text of each pair apart, as image-only and text-only, nothing hidden.
 
-    The i-th picture belongs to the i-th text. ``branches`` as in :class:`MaskedCollate`.
+    The i-th picture belongs to the i-th text. ``branches`` as in `MaskedCollate`.
     """
 
     words: Words

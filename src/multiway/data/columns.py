@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,9 @@ class Column:
         self.rows += len(values)
 
     def close(self) -> None:
-        """Finish the file and force it to the disk."""
+        """Finish the file."""
         self._file.seek(0)
         self._header()
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def _header(self) -> None:
@@ -97,7 +94,7 @@ def verify(folder: Path, expected: dict[str, Any], *, content: bool) -> None:
 
 
 def load(folder: Path, entries: dict[str, Any], *, content: bool) -> Columns:
-    """Verify columns and map them into memory, read-only. Raises DataError as :func:`verify`."""
+    """Verify columns and map them into memory, read-only. Raises DataError as `verify`."""
     for expected in entries.values():
         verify(folder, expected, content=content)
     return {n: np.load(folder / e["file"], mmap_mode="r", allow_pickle=False) for n, e in entries.items()}
@@ -109,5 +106,5 @@ def piece(values: np.ndarray, ends: np.ndarray, i: int) -> np.ndarray:
 
 
 def string(columns: Columns, name: str, i: int) -> str:
-    """String ``i`` of a column that :meth:`Table.add_strings` wrote."""
+    """String ``i`` of a column that `Table.add_strings` wrote."""
     return piece(columns[name], columns[f"{name}_end"], i).tobytes().decode("utf-8", "surrogateescape")

@@ -98,7 +98,7 @@ def decode(data: bytes, *, limits: Limits = DEFAULT_LIMITS, px: int | None = Non
 
 
 def open_picture(data: bytes, limits: Limits, px: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
-    """:func:`decode` before it becomes a tensor: a loaded RGB picture and its notes."""
+    """`decode` before it becomes a tensor: a loaded RGB picture and its notes."""
     limits.check_bytes(len(data))
     notes: list[str] = []
     try:
@@ -126,7 +126,7 @@ def open_picture(data: bytes, limits: Limits, px: int | None = None) -> tuple[Im
 
 
 def _rgb(picture: Image.Image, notes: list[str]) -> Image.Image:
-    """RGB from every mode that has a known range; the rules are in :func:`decode`."""
+    """RGB from every mode that has a known range; the rules are in `decode`."""
     mode = picture.mode
     if mode.startswith("I;16"):
         notes.append("sixteen_bit")
@@ -194,7 +194,7 @@ def crop_box(
 def random_resized_crop(
     image: Tensor, px: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Tensor:
-    """Crop uint8 (3, H, W) by :func:`crop_box` and resize the crop to (3, px, px)."""
+    """Crop uint8 (3, H, W) by `crop_box` and resize the crop to (3, px, px)."""
     top, left, height, width = crop_box(image.shape[1], image.shape[2], scale, ratio, rng)
     return resize(image[:, top : top + height, left : left + width], px)
 

@@ -1,7 +1,7 @@
 """Building an index: the trust boundary of all data, passed by every record once.
 
-:func:`build` reads, checks, hashes and measures all records (:mod:`multiway.data.scan`) and writes what
-:class:`~multiway.data.indexed.Index` opens: nothing else is trained on. What is bad is listed in
+`build` reads, checks, hashes and measures all records (`multiway.data.scan`) and writes what
+`Index` opens: nothing else is trained on. What is bad is listed in
 ``quarantine.jsonl``: seen = indexed + quarantined.
 """
 
@@ -60,7 +60,7 @@ def build(
 ) -> Index:
     """Read every record of ``roots`` once and write the index ``out``, whole or not at all; an older one is replaced.
 
-    ``roots``: a file or folder, or several, read as :mod:`multiway.data.sources` says; ``split``: the part named so.
+    ``roots``: a file or folder, or several, read as `multiway.data.sources` says; ``split``: the part named so.
     ``tokenizer``: None = train one of ``vocab`` ids on the texts. ``window``: longest run of text-only tokens with its
     two specials: documents are joined by ``</s>`` and cut every ``window - 2`` ids, wherever a sentence ends.
     ``missing``: ``"count"`` = a picture that is not there is a bad record, ``"skip"`` = it is listed all the same, but
@@ -110,7 +110,7 @@ def check(
     workers: int = 0,
     progress: bool = True,
 ) -> Report:
-    """The pass that :func:`build` makes, without writing anything: what is there, and every fault."""
+    """The pass that `build` makes, without writing anything: what is there, and every fault."""
     report = Report(missing_counts=missing == "count")
     for _ in scan(_sources(roots, split, missing), report, limits=limits, workers=workers, progress=progress):
         pass
@@ -131,24 +131,27 @@ def _sources(roots: Roots, split: str | None, missing: str) -> list[RawSource]:
 
 
 def _write_rows(path: Path, report: Report) -> None:
-    """One line for every fault, forced to the disk."""
+    """One line for every fault."""
     with open(path, "w", encoding="ascii") as file:
         file.writelines(json.dumps(fault.row()) + "\n" for fault in report.faults)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _replace(out: Path, temporary: Path) -> None:
-    """Put a finished folder in the place of ``out`` by renaming."""
+    """Put a finished folder in the place of ``out`` by renaming, once all of it is on the disk."""
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
     old = temporary.with_name(f"{temporary.name}-old")
     if out.exists():
         out.rename(old)
     temporary.rename(out)
-    for folder in (out, out.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    _sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class _Writer:
@@ -199,12 +202,13 @@ class _Writer:
     def finish(self, tokenizer: TextTokenizer | None, vocab: int, window: int, limits: Limits, report: Report) -> None:
         """Tokenize, number the labels in order, and write the manifest."""
         entries = [table.close() for _, table in self.parts.values()]
-        texts = [columns.load(self.folder, _only(e, STRINGS), content=False) if "string" in e else {} for e in entries]
+        texts = [self._strings(entry) for entry in entries]
         if any(texts):
             tokenizer = tokenizer or TextTokenizer.train(_all_strings(texts), vocab)
             tokenizer.save(self.folder / "tokenizer.json")
         labels = _sorted_labels(self.labels)
-        rank = np.array([labels.index(label) for label in self.labels] + [-1], "<i4")
+        places = {label: i for i, label in enumerate(labels)}
+        rank = np.array([places[label] for label in self.labels] + [-1], "<i4")  # -1, no label, stays
         sources = []
         for number, ((name, kind), (source, _)) in enumerate(self.parts.items()):
             files = entries[number]
@@ -229,6 +233,10 @@ class _Writer:
             report,
         )
 
+    def _strings(self, entries: dict[str, Any]) -> Columns:
+        """The texts of a part, empty when it has none."""
+        return columns.load(self.folder, {n: e for n, e in entries.items() if n in STRINGS}, content=False)
+
     def _write_manifest(self, identity: dict[str, Any], limits: Limits, report: Report) -> None:
         """The manifest: what the hash of the index covers, and what only describes it (places, times, counts)."""
         files = self.files.close()
@@ -241,10 +249,8 @@ class _Writer:
             "report": report.as_dict(),
             "quarantine": columns.entry(self.folder / "quarantine.jsonl"),
         }
-        with open(self.folder / "manifest.json", "w", encoding="ascii") as file:
-            json.dump(manifest | {"manifest_hash": digest(manifest)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        text = json.dumps(manifest | {"manifest_hash": digest(manifest)}, indent=1)
+        (self.folder / "manifest.json").write_text(text, encoding="ascii")
 
     def _tokenize(
         self, number: int, kind: str, strings: Columns, tokenizer: TextTokenizer
@@ -261,10 +267,6 @@ class _Writer:
             token_end.extend(token.rows + np.cumsum([len(x) for x in ids]))
             token.extend(np.concatenate(ids))
         return table.close(), token.rows, unknown
-
-
-def _only(entries: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: entries[name] for name in names}
 
 
 def _warn_of_unknown(row: dict[str, Any]) -> None:

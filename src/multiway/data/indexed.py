@@ -108,10 +108,10 @@ class Source:
         return self._columns["hash"][i].tobytes()
 
     def image(self, i: int, px: int | None = None) -> Tensor:
-        """The picture, uint8 (3, H, W), as :func:`~multiway.data.image.decode` with ``px`` gives it.
+        """The picture, uint8 (3, H, W), as `decode` with ``px`` gives it.
 
         Raises RecordError: ``changed`` when its file is no longer the indexed one and neither are its bytes,
-        otherwise as :func:`~multiway.data.records.read_bytes`.
+        otherwise as `read_bytes`.
         """
         path, indexed = self._index.file(int(self._columns["file"][i]))
         length = int(self._columns["length"][i])

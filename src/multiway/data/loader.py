@@ -82,7 +82,7 @@ class Stream:
 
     @cached_property
     def sequence(self) -> Concatenation | Mixture:
-        """Position -> :class:`Place`; raises DataError when there is no source or an empty one, else as ``mix``."""
+        """Position -> `Place`; raises DataError when there is no source or an empty one, else as ``mix``."""
         sizes = [len(source) for source in self.sources]
         if not sizes or 0 in sizes:
             which = f"source {sizes.index(0)} has no record" if sizes else "there is no source"
@@ -118,7 +118,7 @@ class Batches:
             raise ConfigError(f"kinds of sample with items: {kinds}; expected at least one, each once")
 
     def places(self, step: int, part: int = 0, parts: int = 1) -> dict[str, list[Place]]:
-        """Where the samples of one part of a step come from, by kind; raises ConfigError as :meth:`Stream.places`."""
+        """Where the samples of one part of a step come from, by kind; raises ConfigError as `Stream.places`."""
         return {stream.kind: stream.places(step, part, parts) for stream in self.streams}
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Batch, list[Fault]]:

@@ -53,7 +53,7 @@ class Concatenation:
 class Mixture:
     """Sources in fixed shares: of every 1,000 positions source i owns ``slots[i]``, in an order of their own.
 
-    ``sizes`` and ``blocks`` as in :class:`Concatenation`; ``weights``: finite, >= 0, not all 0, in any unit. Shares are
+    ``sizes`` and ``blocks`` as in `Concatenation`; ``weights``: finite, >= 0, not all 0, in any unit. Shares are
     rounded by the largest remainder, and every positive weight keeps at least one position. Each source runs through
     its own order without gap, its epochs end when its own records do.
 

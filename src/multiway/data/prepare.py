@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from multiway.data import builtin
 from multiway.data.collate import Sample, Words
 from multiway.data.image import View, colour_jitter
 from multiway.data.index import Index, build
+from multiway.data.index import Source as Indexed
 from multiway.data.order import generator
 from multiway.data.sources import discover
 from multiway.data.text import TextTokenizer
@@ -32,35 +33,6 @@ FIT_PICTURES, FIT_PATCHES = 4_000, 20_000
 """Pictures and patches a patch codebook is fitted on."""
 
 
-class Source(Protocol):
-    """Records of one kind: what an index offers, and the embedded scenes too."""
-
-    kind: str
-
-    def __len__(self) -> int: ...
-
-    @property
-    def blocks(self) -> Sequence[int] | None:
-        """Sizes of its shards in record order; None = in one piece."""
-        ...
-
-    def key(self, record: int) -> str:
-        """Name of a record for messages."""
-        ...
-
-    def image(self, record: int, px: int | None = None) -> Tensor:
-        """The picture, uint8 (3, H, W); ``px``: the side it will be shown at, so that decoding may shrink it."""
-        ...
-
-    def texts(self, record: int) -> list[np.ndarray]:
-        """Ids of every caption, without specials (kind ``pair``)."""
-        ...
-
-    def window(self, record: int) -> np.ndarray:
-        """Ids of a window of text, without specials (kind ``text``)."""
-        ...
-
-
 class Scenes:
     """The embedded scenes as a source of pairs."""
 
@@ -69,6 +41,7 @@ class Scenes:
 
     def __init__(self, scenes: builtin.SceneSet, tokenizer: TextTokenizer) -> None:
         self.images = torch.from_numpy(scenes.images)
+        self.captions = scenes.captions
         ids = iter(tokenizer.batch([caption for captions in scenes.captions for caption in captions]))
         self.ids = [[next(ids) for _ in captions] for captions in scenes.captions]
 
@@ -90,6 +63,14 @@ class Scenes:
     def window(self, record: int) -> np.ndarray:
         """Its first caption."""
         return self.ids[record][0]
+
+    def strings(self, record: int) -> list[str]:
+        """Its captions as text."""
+        return list(self.captions[record])
+
+
+Source = Indexed | Scenes
+"""Records of one kind: of an index, or the embedded scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +160,10 @@ def _index(root: Path, split: str | None, folder: Path, tokenizer: TextTokenizer
     if (root / "manifest.json").is_file():
         return Index.open(root)
     split = split or default_split(root)
-    own = folder / f"{root.name or 'data'}-{split or 'all'}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"
+    own = (
+        folder
+        / f"{root.name or 'data'}-{split or 'all'}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"
+    )
     if (own / "manifest.json").is_file():
         return Index.open(own)
     return build(
@@ -212,9 +196,7 @@ class Load:
             text = captions[int(rng.integers(len(captions)))]
         return Sample(image=image, text=text, code=code, record=record, rng=rng)
 
-    def picture(
-        self, kind: str, source: int, record: int, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor | None]:
+    def picture(self, kind: str, source: int, record: int, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
         """A view of a picture, and its visual tokens if the view is a stored one."""
         origin, view = self.corpus.sources[kind][source], self.views[kind]
         stored = self.stored[kind][source] if kind in self.stored else None
@@ -248,8 +230,8 @@ def fit_patch_codebook(sources: Sequence[Source], codes: int, patch: int, view: 
     if len(flat) < codes:
         raise ConfigError(f"{len(flat)} patches cannot make {codes} codes: lower model.codes, or give more pictures")
     flat = flat[rng.choice(len(flat), min(len(flat), FIT_PATCHES), replace=False)].astype(np.float32) / 255
-    means = MiniBatchKMeans(codes, random_state=0, n_init=1, batch_size=2048, max_iter=20).fit(flat)
-    return means.cluster_centers_.astype(np.float32)
+    means = MiniBatchKMeans(codes, random_state=0, n_init="auto", batch_size=2048, max_iter=20).fit(flat)
+    return np.asarray(means.cluster_centers_, dtype=np.float32)
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:

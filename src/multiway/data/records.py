@@ -164,21 +164,25 @@ def read_bytes(path: Path, offset: int = 0, length: int | None = None, *, most: 
     """Read ``length`` bytes (None = all, which must not be more than ``most``) of a regular file.
 
     Transient errors of the storage are tried again, with growing pauses; fewer bytes may come back from a file that
-    has become shorter. Raises RecordError as :func:`open_file`, and ``bytes``.
+    has become shorter. Raises RecordError as `open_file`, and ``bytes``.
     """
     for attempt in range(READ_TRIES):
         try:
-            with open_file(path) as (file, fingerprint):
-                if length is None and most is not None and fingerprint.size > most:
-                    raise RecordError(f"{path} has {fingerprint.size} bytes, at most {most} allowed", reason="bytes")
-                file.seek(offset)
-                return Content(file.read(-1 if length is None else length), fingerprint, attempt)
+            return Content(*_read_once(path, offset, length, most), attempt)
         except RecordError as error:
             flaky = isinstance(error.__cause__, OSError) and error.__cause__.errno in FLAKY
             if not flaky or attempt + 1 == READ_TRIES:
                 raise
             time.sleep(RETRY_SECONDS * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _read_once(path: Path, offset: int, length: int | None, most: int | None) -> tuple[bytes, Fingerprint]:
+    with open_file(path) as (file, fingerprint):
+        if length is None and most is not None and fingerprint.size > most:
+            raise RecordError(f"{path} has {fingerprint.size} bytes, at most {most} are allowed", reason="bytes")
+        file.seek(offset)
+        return file.read(-1 if length is None else length), fingerprint
 
 
 def content_hash(data: bytes) -> bytes:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing as mp
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from multiway.data.image import Limits, open_picture
 from multiway.data.records import Fault, Fingerprint, Ignored, Record, Span, content_hash, read_bytes
 from multiway.data.sources import RawSource
 from multiway.data.text import MAX_CHARS, sanitize
-from multiway.errors import DataError, RecordError
+from multiway.errors import DataError, MissingInputError, RecordError
 
 BATCH = 512  # records handed to the processes at once
 EXAMPLES = 3
@@ -68,7 +67,9 @@ class Report:
         return Counter(fault.reason for fault in self.faults)
 
     def require(self, max_bad_fraction: float, max_bad_shards: float) -> None:
-        """Raise DataError when too many records or shards are bad, or nothing is left."""
+        """Raise DataError when too many records or shards are bad or none is good, MissingInputError for no data."""
+        if not self.seen and not self.faults:
+            raise MissingInputError(f"nothing to read: no record, and files that no rule reads: {dict(self.ignored)}")
         bad = [f for f in self.faults if not f.shard and (self.missing_counts or f.reason != "missing")]
         damaged = {fault.where.file for fault in self.faults if fault.shard}
         too_many = len(bad) > max_bad_fraction * self.seen or len(damaged) > max_bad_shards * self.shards
@@ -95,11 +96,15 @@ class Report:
         }
 
 
-def inspect(item: Record, limits: Limits) -> Measured | Fault:
+def inspect(item: Record | Fault, limits: Limits) -> Measured | Fault:
     """Validate and measure one record: its texts are cleaned, its picture is read, hashed and decoded in full."""
+    if isinstance(item, Fault):
+        return item
     stage = "validate"
     try:
         texts, notes = clean(item)
+        if item.image is None and item.label is not None:
+            notes += ("label_unused",)
         if item.image is None:
             return Measured(item, texts, notes)
         stage = "read"
@@ -148,34 +153,44 @@ def scan(
     rate and time left on the terminal.
     """
     report.shards = sum(len(source.files) for source in sources if source.format == "tar")
-    total = sum(isinstance(item, Record) for source in sources for item in source) if progress else None
+    total = sum(not isinstance(item, Ignored) for source in sources for item in source) if progress else 0
     with _bar(progress) as bar, _pool(workers) as pool:
-        task = bar.add_task("index", total=total) if bar else None
-        for source in sources:
-            records = _records(source, report)
-            while batch := list(itertools.islice(records, BATCH)):
-                for result in _inspect(batch, limits, pool):
-                    if isinstance(result, Fault):
-                        report.faults.append(result)
-                        continue
-                    report.indexed[source.name, result.record.kind] += 1
-                    report.notes.update(result.notes)
-                    yield source, result
-                if bar and task is not None:
-                    bar.advance(task, len(batch))
+        task = bar.add_task("reading", total=total)
+        results = ((source, x) for source in sources for x in _inspect(_items(source, report), limits, pool))
+        for source, result in results:
+            bar.advance(task)
+            if isinstance(result, Fault):
+                report.faults.append(result)
+                continue
+            report.indexed[source.name, result.record.kind] += 1
+            report.notes.update(result.notes)
+            yield source, result
 
 
-def _records(source: RawSource, report: Report) -> Iterator[Record]:
-    """The records among a source's items; the others are counted."""
+def _items(source: RawSource, report: Report) -> Iterator[Record | Fault]:
+    """A source's records and faults; what is ignored is counted."""
     for item in source:
-        if isinstance(item, Record):
-            report.seen += 1
-            yield item
-        elif isinstance(item, Ignored):
+        if isinstance(item, Ignored):
             report.ignored[PurePosixPath(item.file).suffix or PurePosixPath(item.file).name] += 1
-        else:
-            report.seen += not item.shard
-            report.faults.append(item)
+            continue
+        report.seen += isinstance(item, Record) or not item.shard
+        yield item
+
+
+def _inspect(items: Iterator[Record | Fault], limits: Limits, pool: Executor | None) -> Iterator[Measured | Fault]:
+    """Inspect items, in order. Raises DataError when a process dies over one."""
+    if pool is None:
+        yield from (inspect(item, limits) for item in items)
+        return
+    while batch := list(itertools.islice(items, BATCH)):
+        try:
+            yield from pool.map(partial(inspect, limits=limits), batch, chunksize=16)
+        except BrokenProcessPool as error:
+            first, last = batch[0].where, batch[-1].where
+            raise DataError(
+                f"a decoding process died at one of {len(batch)} records from {first.file} {first.key} to {last.file} "
+                f"{last.key}, for want of memory or over a picture: take fewer workers, or none to see which it is"
+            ) from error
 
 
 def _pool(workers: int) -> ProcessPoolExecutor | nullcontext[None]:
@@ -187,20 +202,6 @@ def _pool(workers: int) -> ProcessPoolExecutor | nullcontext[None]:
     return ProcessPoolExecutor(workers, mp_context=context)
 
 
-def _inspect(batch: list[Record], limits: Limits, pool: Executor | None) -> Iterable[Measured | Fault]:
-    """Inspect a batch, in order. Raises DataError when a process dies over it."""
-    if pool is None:
-        return (inspect(record, limits) for record in batch)
-    try:
-        return list(pool.map(partial(inspect, limits=limits), batch, chunksize=16))
-    except BrokenProcessPool as error:
-        first, last = batch[0].where, batch[-1].where
-        raise DataError(
-            f"a decoding process died at one of {len(batch)} records from {first.file} {first.key} to {last.file} "
-            f"{last.key}, for want of memory or over a picture: take fewer workers, or none to see which it is"
-        ) from error
-
-
 class _Rate(ProgressColumn):
     """Records per second."""
 
@@ -208,8 +209,6 @@ class _Rate(ProgressColumn):
         return f"{task.speed or 0:,.0f}/s"
 
 
-def _bar(shown: bool) -> Progress | nullcontext[None]:
-    if not shown:
-        return nullcontext()
+def _bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(file=sys.stderr))
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)

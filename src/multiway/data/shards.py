@@ -1,7 +1,7 @@
 """Tar shards in webdataset's format, by their headers alone: nothing is extracted, every picture is (offset, length).
 
 A sample is the adjacent members that share a key, the member's path up to the first dot of its last part: ``key.jpg``
-(or another picture), ``key.txt`` (captions, one a line), ``key.json`` (:func:`~multiway.data.records.parse_fields`;
+(or another picture), ``key.txt`` (captions, one a line), ``key.json`` (`parse_fields`;
 its texts count only without a ``.txt``) and ``key.cls`` (label). Other members are counted as ignored, those that
 could carry code (``.pkl .npy ...``) make their sample a fault. A shard must end in two zero blocks: today's readers
 take a truncated one for a short one.

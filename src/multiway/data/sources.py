@@ -1,14 +1,14 @@
 """Raw records of images, texts and pairs: what users have on disk, enumerated without trusting any of it.
 
-Readers yield a :class:`~multiway.data.records.Record` for everything that looks like one and a
-:class:`~multiway.data.records.Fault` for everything that does not; they open no picture. :func:`discover` decides
+Readers yield a `Record` for everything that looks like one and a
+`Fault` for everything that does not; they open no picture. `discover` decides
 what a path holds:
 
 - ``*.jsonl``: one object a line: ``image`` (or ``image_path``), ``text`` | ``caption`` | ``captions`` (text or a list
   of texts), ``label``;
 - ``*.csv``, ``*.tsv``: the first line names the columns, out of the same names; an empty cell is an absent field. CSV
   has quotes, TSV has none;
-- ``*.tar``: shards in webdataset's format (:mod:`multiway.data.shards`);
+- ``*.tar``: shards in webdataset's format (`multiway.data.shards`);
 - any other file named directly: plain text, documents separated by blank lines;
 - a folder: its ``.jsonl``, ``.csv``, ``.tsv`` and ``.tar`` files, if there are any; otherwise its pictures at any
   depth, the first folder below the root being the label, ``name.txt`` beside ``name.jpg`` holding its captions, one a
@@ -75,8 +75,7 @@ class RawSource:
             return _read_tree(self)
         if self.format == "tar":
             return shards.read(self.name, self.root, self.files)
-        read = {"jsonl": _read_jsonl, "csv": _read_table, "tsv": _read_table, "text": _read_text}[self.format]
-        return (item for file in self.files for item in read(self, file))
+        return (item for file in self.files for item in _read_file(self, file))
 
 
 def discover(root: Path | str, split: str | None = None) -> list[RawSource]:
@@ -121,6 +120,15 @@ def _sources(root: Path, entries: list[Path], split: str | None) -> list[RawSour
     return [*sources, RawSource(split or root.name, "tar", root, tars)] if tars else sources
 
 
+def _read_file(source: RawSource, file: str, form: str = "") -> Iterator[Item]:
+    """The items of one table or text; a file that cannot be read to its end is a fault itself."""
+    read = {"jsonl": _read_jsonl, "csv": _read_table, "tsv": _read_table, "text": _read_text}[form or source.format]
+    try:
+        yield from read(source, file)
+    except RecordError as error:
+        yield Fault.of(error, Where(source.name, file, file), "read")
+
+
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
@@ -134,20 +142,17 @@ class Line(NamedTuple):
 
 
 def lines(path: Path) -> Iterator[Line]:
-    """Lines of a file in bounded memory, without a byte-order mark. Raises DataError when it cannot be read."""
-    try:
-        with open_file(path) as (file, _):
-            offset = number = 0
-            while data := file.readline(MAX_LINE + 1):
-                number += 1
-                length, end = len(data), data[-1:]
-                while end != b"\n" and (more := file.readline(MAX_LINE)):
-                    length, end = length + len(more), more[-1:]
-                start = BOM if offset == 0 else b""
-                yield Line(number, offset, length, data.removeprefix(start) if length <= MAX_LINE else None)
-                offset += length
-    except RecordError as error:
-        raise DataError(str(error)) from error
+    """Lines of a file in bounded memory, without a byte-order mark. Raises RecordError as ``open_file``."""
+    with open_file(path) as (file, _):
+        offset = number = 0
+        while data := file.readline(MAX_LINE + 1):
+            number += 1
+            length, end = len(data), data[-1:]
+            while end != b"\n" and (more := file.readline(MAX_LINE)):
+                length, end = length + len(more), more[-1:]
+            start = BOM if offset == 0 else b""
+            yield Line(number, offset, length, data.removeprefix(start) if length <= MAX_LINE else None)
+            offset += length
 
 
 def _too_long(line: Line) -> RecordError:
@@ -278,19 +283,16 @@ def _documents(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _pieces(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Line number, byte offset and bytes of every line; long ones come in pieces, cut between characters."""
-    try:
-        with open_file(path) as (file, _):
-            number, offset = 1, 0
-            while line := file.readline(MAX_LINE):
-                if len(line) == MAX_LINE:
-                    back = next((n for n in range(1, 5) if line[-n] & 0xC0 != 0x80), 0)
-                    line = line[: MAX_LINE - back]
-                    file.seek(offset + len(line))
-                yield number, offset, line
-                number += line.endswith(b"\n")
-                offset += len(line)
-    except RecordError as error:
-        raise DataError(str(error)) from error
+    with open_file(path) as (file, _):
+        number, offset = 1, 0
+        while line := file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                back = next((n for n in range(1, 5) if line[-n] & 0xC0 != 0x80), 0)
+                line = line[: MAX_LINE - back]
+                file.seek(offset + len(line))
+            yield number, offset, line
+            number += line.endswith(b"\n")
+            offset += len(line)
 
 
 def _read_tree(source: RawSource) -> Iterator[Item]:
@@ -307,7 +309,7 @@ def _read_tree(source: RawSource) -> Iterator[Item]:
             elif not name.endswith(".txt") or name.startswith("."):
                 yield Ignored(file)
             elif PurePosixPath(name).stem not in pictures:
-                yield from _read_text(source, file)
+                yield from _read_file(source, file, "text")
     for error in unreadable:
         where = Where(source.name, str(error.filename), str(error.filename))
         yield Fault(where, "read", "permission", f"cannot read the folder: {error.strerror}", shard=True)

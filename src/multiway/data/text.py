@@ -145,11 +145,11 @@ class TextTokenizer:
         Path(path).write_text(self._tokenizer.to_str(), encoding="utf-8")
 
     def ids(self, text: str) -> np.ndarray:
-        """Ids of one text after :func:`sanitize`, int32 (n,), without ``<s>`` and ``</s>``; n may be 0."""
+        """Ids of one text after `sanitize`, int32 (n,), without ``<s>`` and ``</s>``; n may be 0."""
         return self.batch([text])[0]
 
     def batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """:meth:`ids` of many texts at once."""
+        """`ids` of many texts at once."""
         cleaned = [sanitize(text)[0] for text in texts]
         encoded = self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
         return [self._ordinary(np.array(x.ids, dtype=np.int32)) for x in encoded]

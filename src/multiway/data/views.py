@@ -37,7 +37,7 @@ class StoredViews:
 
     @classmethod
     def open(cls, folder: Path) -> StoredViews:
-        """Map the columns of a folder that :func:`store_views` wrote."""
+        """Map the columns of a folder that `store_views` wrote."""
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS))
 
     def draw(self, image: Tensor, record: int, px: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -84,12 +84,17 @@ def store_views(
             image = images(record)
             for k in range(views):
                 rng = generator(seed, "view", record, k)
-                box = (0, 0, *image.shape[1:]) if view.scale is None else crop_box(*image.shape[1:], view.scale, view.ratio, rng)
+                _, height, width = image.shape
+                box = (0, 0, height, width)
+                if view.scale is not None:
+                    box = crop_box(height, width, view.scale, view.ratio, rng)
                 boxes.append(box)
                 flips.append(bool(rng.random() < view.flip))
                 seen.append(seen_in(image, box, flips[-1], view.px))
         codes = tokenizer(torch.stack(seen)).cpu().numpy()
-        for name, rows in zip(COLUMNS, (np.array(boxes, np.int32), np.array(flips), codes.astype(np.int32)), strict=True):
+        for name, rows in zip(
+            COLUMNS, (np.array(boxes, np.int32), np.array(flips), codes.astype(np.int32)), strict=True
+        ):
             rows = rows.reshape(-1, views, *rows.shape[1:])
             if name not in columns:
                 shape = (count, *rows.shape[1:])
@@ -97,7 +102,7 @@ def store_views(
             columns[name][first : first + len(rows)] = rows
     for column in columns.values():
         column.flush()  # type: ignore[attr-defined]
-    os.replace(temporary, folder)
+    temporary.replace(folder)
     return StoredViews.open(folder)
 
 

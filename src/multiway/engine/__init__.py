@@ -1,0 +1,1 @@
+"""The engine: the loop, processes, checkpoints, optimiser, logs."""

@@ -88,10 +88,11 @@ class Checkpoint:
             if found != expected:
                 raise CheckpointError(f"{self.path}: {group} tensor {name!r}: expected {expected}, found {found}")
         try:
-            with ExitStack() as stack, torch.no_grad():
+            with ExitStack() as stack:
                 opened = cache(lambda file: stack.enter_context(safe_open(self.path / file, framework="pt")))
                 for name, tensor in into.items():
-                    _fill(name, tensor, stored[name]["rows"], opened)
+                    if not _fill(name, tensor, stored[name]["rows"], opened):
+                        raise CheckpointError(f"{self.path}: {group} tensor {name!r}: expected all rows, found gaps")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: group {group!r} cannot be read: {error}") from error
 
@@ -106,9 +107,12 @@ def save(
     A checkpoint of the same step is replaced. Whole means here: the manifest is, and all files have their sizes.
 
     Raises WriteError naming the path, the bytes needed and the bytes free; what was there before is still there.
+    ConfigError, before anything is written, for a placement or dtype that cannot be stored.
     """
     if keep < 1:
         raise ConfigError(f"keep = {keep}: at least 1 checkpoint has to be kept, 2 if one may be damaged")
+    text = json.dumps(state, indent=1).encode()
+    entries = {g: {n: {**_describe(x), "rows": []} for n, x in tensors.items()} for g, tensors in groups.items()}
     folder = Path(folder)
     temp, target = folder / f".tmp-step-{step:09d}", folder / f"step-{step:09d}"
     parts = {name: part for group, tensors in groups.items() for name, part in _parts(group, tensors)}
@@ -116,7 +120,7 @@ def save(
     try:
         _first(lambda: _prepare(folder, temp, needed))
         written = _together(lambda: _write_parts(temp, parts))
-        _first(lambda: _finish(temp, step, groups, state, written))
+        _first(lambda: _finish(temp, step, entries, text, written))
         _first(lambda: _publish(temp, target))
         _first(lambda: _purge(folder, step, keep))
     except OSError as error:
@@ -161,26 +165,20 @@ def newest(folder: Path, *, note: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _fill(name: str, tensor: Tensor, rows: list[Any], opened: Callable[[str], Any]) -> None:
-    """Copy the rows of this rank from the files that hold them."""
+def _fill(name: str, tensor: Tensor, rows: list[Any], opened: Callable[[str], Any]) -> bool:
+    """Copy the rows of this rank from the files that hold them; whether all were there."""
     local, start, _ = _local(tensor)
-    stop = start + _count(local)
-    filled = start
+    filled, stop = start, start + _count(local)
     for file, first, last in rows:
         low, high = max(first, start), min(last, stop)
         if low >= high:
             continue
-        if (low, high) == (first, last):
-            values = opened(file).get_tensor(name)
+        if local.dim():
+            local[low - start : high - start] = opened(file).get_slice(name)[low - first : high - first]
         else:
-            values = opened(file).get_slice(name)[low - first : high - first]
-        (local[low - start : high - start] if local.dim() else local).copy_(values)
+            local.copy_(opened(file).get_tensor(name))
         filled += high - low
-    if filled != stop:
-        raise CheckpointError(f"tensor {name!r}: expected rows {start} to {stop}, found {filled - start} of them")
-
-
-# --- ranks and rows ---------------------------------------------------------------------------------------------------
+    return filled == stop
 
 
 def _rank() -> int:
@@ -258,7 +256,9 @@ def _parts(group: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Par
 
 
 def _describe(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": _DTYPES.get(tensor.dtype, str(tensor.dtype)), "shape": list(tensor.shape)}
+    if tensor.dtype not in _DTYPES:
+        raise ConfigError(f"a tensor of {tensor.dtype} cannot be stored, only of {', '.join(_DTYPES.values())}")
+    return {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -316,20 +316,13 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
         yield tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _finish(
-    temp: Path,
-    step: int,
-    groups: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    written: list[dict[str, Any]],
-) -> None:
-    """Write the state and the manifest."""
-    files = {_STATE: _write(temp / _STATE, [json.dumps(state, indent=1).encode()])}
-    entries = {g: {n: {**_describe(x), "rows": []} for n, x in tensors.items()} for g, tensors in groups.items()}
+def _finish(temp: Path, step: int, entries: dict[str, Any], state: bytes, written: list[Any]) -> None:
+    """Write the state and the manifest, with the rows of all ranks filled in."""
+    files = {_STATE: _write(temp / _STATE, [state])}
     for file, (record, rows) in itertools.chain(*(rank.items() for rank in written)):
         files[file] = record
         for name, (start, stop) in rows.items():
-            entries[file.split("-")[0]][name]["rows"].append((file, start, stop))
+            entries[file.rsplit("-", 3)[0]][name]["rows"].append((file, start, stop))
     for name, entry in itertools.chain(*(group.items() for group in entries.values())):
         entry["rows"].sort(key=lambda row: row[1])
         bounds = [0, *itertools.chain(*(row[1:] for row in entry["rows"])), (entry["shape"] or [1])[0]]
@@ -466,7 +459,7 @@ def _check_hash(path: Path, expected: str) -> None:
 
 def _mark_bad(path: Path, note: Callable[[str], None]) -> None:
     """Rename a rejected checkpoint for its owner to look at; where that is refused the run goes on all the same."""
-    names = (path.with_name(f"bad-{path.name}{end}") for end in itertools.chain([""], (f"-{n}" for n in range(1, 999))))
+    names = (path.with_name(f"bad-{path.name}{end}") for end in ["", *(f"-{n}" for n in range(1, 1000))])
     try:
         path.rename(next(name for name in names if not os.path.lexists(name)))
     except OSError as error:

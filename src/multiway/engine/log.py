@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -13,23 +14,34 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from multiway.errors import WriteError
+
 CONSOLE = Console(stderr=True, highlight=False)
 LINE_SECONDS = 10
 """Without a terminal, progress is a line every so many seconds."""
 
 
 class Lines:
-    """A JSON-lines file: appended, flushed line by line, cut back on resume."""
+    """A JSON-lines file: appended, flushed line by line, cut back on resume. Raises WriteError (73)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows."""
-        rows = list(rows)
-        if rows:
+        """Append rows; numbers that are not finite become null, which JSON has."""
+        try:
             with self.path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.writelines(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n" for row in rows)
+        except OSError as error:
+            raise WriteError(
+                f"{self.path}: cannot write: {error.strerror}. Make room; then the run continues"
+            ) from error
+
+    def sync(self) -> None:
+        """Have what was written survive a loss of power."""
+        if self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
 
     def cut(self, step: int) -> None:
         """Keep the whole lines of steps up to ``step``: those after it will be written again."""
@@ -38,15 +50,19 @@ class Lines:
         kept = [line for line in self.path.read_text().splitlines(keepends=True) if _step(line) <= step]
         temporary = self.path.with_name(f".tmp-{self.path.name}")
         temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
 
 def _step(line: str) -> float:
     """The step of a whole line; infinity for one that a kill cut short."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Meter:
@@ -84,15 +100,26 @@ class Meter:
 
 
 class TensorBoard:
-    """Event files beside the metrics, if tensorboard is installed and asked for."""
+    """Event files beside the metrics, from step ``done`` on; without tensorboard, or with no folder, nothing."""
 
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder))
+    def __init__(self, folder: Path | None, done: int) -> None:
+        self.writer = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            CONSOLE.print('no event files: tensorboard is not installed (pip install "multiway[track]")')
+            return
+        self.writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Every number of a metrics row at its step."""
-        for key, value in row.items():
+        for key, value in row.items() if self.writer else ():
             if isinstance(value, int | float) and key != "step":
                 self.writer.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        if self.writer:
+            self.writer.close()

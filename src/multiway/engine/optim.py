@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +90,18 @@ class Average:
             present = [p.detach() for _, p in objective.named_parameters()]
             torch._foreach_lerp_(list(self.tensors.values()), present, 1 - self.decay)
 
+    @contextmanager
+    def applied(self, objective: nn.Module) -> Iterator[None]:
+        """Within, the objective has the averages for weights; afterwards its own again, to the bit."""
+        self._swap(objective)
+        try:
+            yield
+        finally:
+            self._swap(objective)
+
     @torch.no_grad()
-    def swap(self, objective: nn.Module) -> None:
-        """Exchange weights and averages in place; calling it again restores both."""
-        for name, parameter in objective.named_parameters():
-            if self.decay:
-                kept = parameter.detach().clone()
-                parameter.copy_(self.tensors[name])
-                self.tensors[name].copy_(kept)
+    def _swap(self, objective: nn.Module) -> None:
+        for name, parameter in objective.named_parameters() if self.decay else ():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.tensors[name])
+            self.tensors[name].copy_(kept)

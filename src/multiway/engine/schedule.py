@@ -8,7 +8,7 @@ from multiway.run import Schedule
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int) -> float:
-    """Rate of optimiser step ``step`` (from 0): linear from 0 over ``warmup`` steps, then half a cosine to ``final_lr``.
+    """Rate of optimiser step ``step`` (from 0): linear from 0 over ``warmup`` steps, half a cosine to ``final_lr``.
 
     Source: BEiT's per-step schedule (masked.md 1.8).
     """

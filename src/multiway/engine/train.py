@@ -1,8 +1,9 @@
 """The training loop: any objective, any batches, one process or many, resumed exactly.
 
 A run folder holds ``run.json`` (resolved settings), ``metrics.jsonl`` (one line a step), ``eval.jsonl``,
-``quarantine/rank-R.jsonl`` (records that could not be loaded), ``checkpoints/step-%09d/`` and, at the end, ``final/``.
-The position in the data is the number of the step; nothing random is left to a generator that would have to be saved.
+``quarantine/`` (``rank-R.jsonl``: records that could not be loaded, ``skipped-steps.jsonl``: steps whose loss or
+gradient was not finite), ``checkpoints/step-%09d/`` and, at the end, ``final/``. The position in the data is the
+number of the step; nothing random is left to a generator that would have to be saved.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import math
 import os
 import platform
 import signal
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from multiway import config
 from multiway.data.loader import Batches, Fault, FaultWindow, iterate
@@ -33,17 +37,19 @@ from multiway.engine.optim import (
     restore_steps,
     set_rate,
 )
-from multiway.engine.parallel import Process, spread, start, synchronise_gradients
+from multiway.engine.parallel import Process, observe, spread, start, synchronise_gradients
 from multiway.engine.schedule import learning_rate
 from multiway.errors import ConfigError, NumericsError, Preempted, ResumeError
 from multiway.run import Run
-from multiway.types import Across, Batch, Objective, move
+from multiway.types import Batch, Objective, move
 
 MAX_SKIPPED = 3
-"""Steps in a row without finite loss and gradient before the run stops (exit 76)."""
+"""Steps in a row without finite loss and gradient that a run survives; one more ends it (exit 76)."""
 
 FREE = ("parallel", "checkpoint", "log", "data.workers", "data.max_bad")
 """Settings that may change when a run continues; any other change must be named with ``--change``."""
+
+Loaded = Iterator[tuple[Batch, list[Fault]]]
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,24 @@ class Job:
 
 
 class Signals:
-    """SIGTERM and SIGINT ask the loop to stop after this step; a second one ends the process at once."""
+    """While open: SIGTERM and SIGINT end the process with exit 75, in a loop after its step, the second one at once."""
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self.looping = self.asked = False
+
+    def __enter__(self) -> Signals:
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+        if not self.looping:
+            sys.exit(Preempted.exit_code)
 
 
 def train(
@@ -79,17 +93,21 @@ def train(
 ) -> dict[str, Any]:
     """Train a run to its last step in ``out``, from its newest checkpoint if there is one; return the last evaluation.
 
-    ``resume``: False refuses a folder that has checkpoints. ``change``: dotted names of settings that may differ from
-    those the run was started with. Raises ResumeError (78), LockedError (77), CheckpointError (74), NumericsError (76),
-    DataError (65), WriteError (73), and Preempted (75) after a signal, with a checkpoint saved.
+    ``build``: called by the first process before the others. ``resume``: False refuses a folder that has checkpoints.
+    ``change``: dotted names of settings that may differ from those the run was started with, ``data`` for the data's
+    content. Raises ResumeError (78), LockedError (77), CheckpointError (74), NumericsError (76), DataError (65),
+    WriteError (73), and Preempted (75) after a signal, with a checkpoint saved.
     """
     process = start(run.parallel.threads)
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        if process.rank == 0:
-            with RunLock(out):
-                return Trainer(run, build(run), out, process).run_all(resume, change)
-        return Trainer(run, build(run), out, process).run_all(resume, change)
+        with Signals() as signals, ExitStack() as held:
+
+            def prepare() -> Job:
+                if process.rank == 0:
+                    held.enter_context(RunLock(out))
+                return build(run)
+
+            return Trainer(run, process.in_turn(prepare), out, process, signals).run_all(resume, change)
     finally:
         process.stop()
 
@@ -97,35 +115,32 @@ def train(
 class Trainer:
     """The state of a run: objective, optimiser, average, and the number of steps done."""
 
-    def __init__(self, run: Run, job: Job, out: Path, process: Process) -> None:
+    def __init__(self, run: Run, job: Job, out: Path, process: Process, signals: Signals) -> None:
         if run.parallel.micro > 1 and not job.objective.splittable:
             raise ConfigError(
                 f"{type(job.objective).__name__} compares all samples of a step with each other: parallel.micro must "
                 f"be 1, got {run.parallel.micro}. Take fewer items per step, or more processes"
             )
-        self.run, self.job, self.out, self.process = run, job, out, process
+        self.run, self.job, self.out, self.process, self.signals = run, job, out, process, signals
         self.objective = job.objective
         spread(self.objective, process, run.parallel)
         self.optimizer = build_optimizer(self.objective, run.optim)
         self.average = Average(self.objective, run.optim.ema)
-        self.across: Across = process.across()
+        self.across = process.across()
+        self.items = sum(stream.items for stream in job.batches.streams)
         self.done = 0
         self.skipped = 0
         self.window = FaultWindow(run.data.max_bad)
         self.metrics = Lines(out / "metrics.jsonl")
         self.evaluations = Lines(out / "eval.jsonl")
         self.quarantine = Lines(out / "quarantine" / f"rank-{process.rank}.jsonl")
-        self.quarantine.path.parent.mkdir(exist_ok=True)
+        self.skips = Lines(out / "quarantine" / "skipped-steps.jsonl")
 
     def run_all(self, resume: bool, change: tuple[str, ...]) -> dict[str, Any]:
         """Resume, run every step left, evaluate and export."""
         run, process = self.run, self.process
         self.restore(resume, change)
-        signals = Signals()
-        items = sum(stream.items for stream in self.job.batches.streams)
-        meter = Meter(run.schedule.steps, self.done, shown=process.rank == 0)
-        board = TensorBoard(self.out / "tensorboard") if run.log.tensorboard and process.rank == 0 else None
-        batches = iterate(
+        loaded = iterate(
             self.job.batches,
             range(self.done, run.schedule.steps),
             micros=run.parallel.micro,
@@ -134,91 +149,99 @@ class Trainer:
             workers=run.data.workers,
             pin=process.device.type == "cuda",
         )
+        first = process.rank == 0
+        meter = Meter(run.schedule.steps, self.done, shown=first)
+        board = TensorBoard(self.out / "tensorboard" if run.log.tensorboard and first else None, self.done)
         self.objective.train()
-        try:
+        with closing(loaded), closing(meter), closing(board):  # type: ignore[type-var]
+            self.signals.looping = True
             while self.done < run.schedule.steps:
-                row = self.step([next(batches) for _ in range(run.parallel.micro)], signals.asked)
-                stop = row.pop("stop")
-                meter.step(self.done, row["loss"], items)
-                if process.rank == 0:
-                    self.metrics.write([row])
-                    if board:
-                        board.write(row)
-                last = self.done == run.schedule.steps
-                if stop or last or self.done % run.checkpoint.every == 0:
-                    self.save()
-                if stop and not last:
-                    raise Preempted(f"stopped by a signal after step {self.done}; the same command continues {self.out}")
-                if run.log.evaluate and self.done % run.log.evaluate == 0 and not last:
+                if run.log.evaluate and self.done and self.done % run.log.evaluate == 0:
                     self.evaluate()
-        finally:
-            meter.close()
+                row, stop = self.step(loaded)
+                if first:
+                    self.metrics.write([row])
+                    board.write(row)
+                    meter.step(self.done, row["loss"], self.items)
+                self.check_numerics()
+                if stop or self.done == run.schedule.steps or self.done % run.checkpoint.every == 0:
+                    self.save()
+                if stop and self.done < run.schedule.steps:
+                    raise Preempted(
+                        f"stopped by a signal after step {self.done}; the same command continues {self.out}"
+                    )
         return self.finish()
 
-    def step(self, micros: list[tuple[Batch, list[Fault]]], asked: bool) -> dict[str, Any]:
-        """One optimiser step: the sum of all micro-batches of all processes, over global counts."""
+    def step(self, loaded: Loaded) -> tuple[dict[str, Any], bool]:
+        """One optimiser step: the sum of all micro-batches of all processes, over global counts.
+
+        Returns its row of the metrics, and whether any process was asked to stop.
+        """
         begun = time.perf_counter()
         process, objective = self.process, self.objective
-        faults = [fault for _, found in micros for fault in found]
-        self.quarantine.write(dict(fault) for fault in faults)
-        self.window.add(sum(batch["plan"].samples for batch, _ in micros), faults)
-
-        # Every term is divided by its number of items in the whole step, whoever holds them.
-        local = [objective.counts(batch) for batch, _ in micros]
-        names = list(local[0])
-        totals = process.total([sum(counts[name] for counts in local) for name in names])
-        counts = dict(zip(names, totals, strict=True))
-
-        sums: dict[str, float] = {}
-        loss = 0.0
-        for i, (batch, _) in enumerate(micros):
+        micros, counts = self.load(loaded)
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(micros):
             synchronise_gradients(objective, i == len(micros) - 1)
             with torch.autocast(process.device.type, torch.bfloat16, enabled=self.run.parallel.precision == "bf16"):
                 output = objective(move(batch, process.device), counts, self.across)
             # FSDP takes the mean of gradients over processes; the loss is already a share of a global sum.
             (output.loss * process.world).backward()
-            loss += float(output.loss.detach())
-            for name, value in output.sums.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        norm = self.clip()
+            for name, value in {"loss": output.loss.detach(), **output.sums}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        norm, *local = torch.stack([self.clip().double(), *(value.double() for value in sums.values())]).tolist()
 
         # All processes agree whether to apply the step and whether to stop after it.
-        keys = sorted(sums)
-        *values, loss, bad, stop = process.total([*(sums[k] for k in keys), loss, not math.isfinite(norm), asked])
-        applied = bad == 0 and math.isfinite(loss)
+        *totals, bad, stop = process.total([*local, not math.isfinite(norm), self.signals.asked])
+        terms = dict(zip(sums, totals, strict=True))
+        loss = terms.pop("loss")
         lr = learning_rate(self.run.schedule, self.run.optim.lr, self.done)
         set_rate(self.optimizer, lr)
+        applied = bad == 0 and math.isfinite(loss)
         if applied:
             self.optimizer.step()
             objective.after_step(self.done)
             self.average.update(objective)
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        self.note_skipped(applied, loss, norm, [batch["sample"].tolist() for batch, _ in micros])
-        terms = {key: value / max(1.0, counts[key.split("/")[0]]) for key, value in zip(keys, values, strict=True)}
-        seconds = round(time.perf_counter() - begun, 4)
-        row = {"step": self.done, "loss": loss, **terms, "lr": lr, "grad_norm": norm, "applied": applied}
-        return {**row, "seconds": seconds, "stop": stop > 0}
-
-    def clip(self) -> float:
-        """Scale gradients to the greatest norm allowed; the norm before, over all processes."""
-        limit = self.run.optim.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), limit)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-    def note_skipped(self, applied: bool, loss: float, norm: float, samples: list[list[int]]) -> None:
-        """Report a step that was not applied, with its records; too many in a row end the run."""
         self.skipped = 0 if applied else self.skipped + 1
-        if applied:
+        means = {name: x / max(1.0, counts[name.split("/")[0]]) for name, x in terms.items()}
+        row = {"step": self.done, "loss": loss, **means, "lr": lr, "grad_norm": norm, "applied": applied}
+        return {**row, "seconds": round(time.perf_counter() - begun, 4)}, stop > 0
+
+    def load(self, loaded: Loaded) -> tuple[list[Batch], dict[str, float]]:
+        """This process's micro-batches of the next step, and the number of items of every term in the whole step."""
+        found = self.process.together(lambda: [next(loaded) for _ in range(self.run.parallel.micro)])
+        micros = [batch for batch, _ in found]
+        faults = [Fault(**{**fault, "step": self.done + 1}) for _, some in found for fault in some]
+        local = [self.objective.counts(batch) for batch in micros]
+        names = list(local[0])
+        *totals, bad = self.process.total([*(sum(own[name] for own in local) for name in names), len(faults)])
+        if bad:
+            self.quarantine.write(faults)
+            faults = [fault for some in self.process.share(faults) for fault in some]
+        self.window.add(self.items, faults)
+        return micros, dict(zip(names, totals, strict=True))
+
+    def clip(self) -> Tensor:
+        """Scale gradients to the greatest norm allowed; the norm before, over all processes."""
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.run.optim.clip or math.inf)
+        return whole(norm)
+
+    def check_numerics(self) -> None:
+        """List the last step with its records if it was skipped; too many in a row end the run."""
+        if not self.skipped:
             return
-        row = {"step": self.done, "loss": str(loss), "grad_norm": str(norm), "samples": samples}
-        Lines(self.out / "quarantine" / f"skipped-rank-{self.process.rank}.jsonl").write([row])
         if self.process.rank == 0:
-            CONSOLE.print(f"step {self.done} skipped: loss {loss}, gradient norm {norm}; weights are untouched")
+            streams = {stream.kind: stream for stream in self.job.batches.streams}
+            places = self.job.batches.places(self.done - 1)
+            records = {kind: [streams[kind].sources[p.source].key(p.record) for p in at] for kind, at in places.items()}
+            self.skips.write([{"step": self.done, "records": records}])
+            CONSOLE.print(f"step {self.done} skipped: loss or gradient is not finite; weights are untouched")
         if self.skipped > MAX_SKIPPED:
             raise NumericsError(
-                f"{self.skipped} steps in a row had no finite loss and gradient, up to step {self.done}; their records "
-                f"are in {self.out / 'quarantine'}. The last checkpoint is from before: lower optim.lr or clip"
+                f"{self.skipped} steps in a row, up to step {self.done}, had no finite loss and gradient; their "
+                f"records are in {self.skips.path}. The weights are those of before: lower optim.lr or optim.clip"
             )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -242,13 +265,14 @@ class Trainer:
             "bad_records": dict(self.window.counts),
             "environment": environment(self.process),
         }
-        checkpoint.save(
-            self.out / "checkpoints", self.done, self.tensors(), state, keep=self.run.checkpoint.keep
-        )
+        for lines in (self.metrics, self.evaluations, self.quarantine, self.skips):
+            lines.sync()
+        checkpoint.save(self.out / "checkpoints", self.done, self.tensors(), state, keep=self.run.checkpoint.keep)
 
     def restore(self, resume: bool, change: tuple[str, ...]) -> None:
         """Continue from the newest whole checkpoint, or start afresh if there never was one."""
-        note = CONSOLE.print if self.process.rank == 0 else _silent
+        first = self.process.rank == 0
+        note = CONSOLE.print if first else _silent
         found = checkpoint.newest(self.out / "checkpoints", note=note)
         if found is not None:
             if not resume:
@@ -260,17 +284,17 @@ class Trainer:
             self.done, self.skipped = found.step, found.state["skipped"]
             self.window.counts.update(found.state["bad_records"])
             note(f"resumed {self.out} at step {self.done}")
-        if self.process.rank == 0:
+        if first:
             config.save(self.run, self.out / "run.json")
-            self.metrics.cut(self.done)
-            self.evaluations.cut(self.done)
-        self.quarantine.cut(self.done)
+            (self.out / "quarantine").mkdir(exist_ok=True)
+            for path in (self.metrics.path, self.evaluations.path, *(self.out / "quarantine").glob("*.jsonl")):
+                Lines(path).cut(self.done)
         self.process.wait()
 
     def check_same(self, state: Mapping[str, Any], change: tuple[str, ...]) -> None:
         """Refuse to continue under other settings or data than the run was started with."""
         different = config.differences(state["run"], config.plain(self.run))
-        refused = {k: v for k, v in different.items() if not k.startswith(FREE) and k not in change}
+        refused = {k: v for k, v in different.items() if not _free(k) and k not in change}
         if refused:
             table = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())
             raise ResumeError(
@@ -292,24 +316,20 @@ class Trainer:
         """Figures of the present (averaged, if kept) weights; on every rank, written by the first."""
         if self.job.evaluate is None:
             return {}
-        self.average.swap(self.objective)
-        self.objective.eval()
-        with torch.no_grad():
-            figures = self.objective.apply_model(self.job.evaluate)
-        self.objective.train()
-        self.average.swap(self.objective)
+        with self.average.applied(self.objective):
+            figures = observe(self.objective, self.job.evaluate)
         if self.process.rank == 0:
+            self.evaluations.cut(self.done - 1)  # after a kill the same step is evaluated again
             self.evaluations.write([{"step": self.done, **figures}])
         return figures
 
     def finish(self) -> dict[str, Any]:
         """Evaluate and export the final weights."""
         figures = self.evaluate()
-        self.average.swap(self.objective)
-        weights = {name: whole(tensor) for name, tensor in self.objective.model.state_dict().items()}
-        self.average.swap(self.objective)
-        if self.process.rank == 0:
-            self.job.export(weights, self.out / "final")
+        with self.average.applied(self.objective):
+            weights = {name: whole(tensor) for name, tensor in self.objective.model.state_dict().items()}
+            if self.process.rank == 0:
+                self.job.export(weights, self.out / "final")
         self.process.wait()
         return figures
 
@@ -329,7 +349,12 @@ def environment(process: Process) -> dict[str, Any]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its rows, gathered if it is sharded; every rank must call this."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _free(name: str) -> bool:
+    """Whether a setting, or the part it belongs to, may change."""
+    return any(f"{name}.".startswith(f"{free}.") for free in FREE)
 
 
 def _silent(message: str) -> None:

@@ -43,7 +43,7 @@ def recall_of_scores(
 ) -> np.ndarray:
     """Probability that each query finds a right answer among its k best: float64 (Q, len(ks)).
 
-    scores: float (Q, C), higher is nearer; owners, ties and errors as in :func:`recall`.
+    scores: float (Q, C), higher is nearer; owners, ties and errors as in `recall`.
     """
     if not np.isfinite(scores).all():
         raise NumericsError("retrieval scores are not finite: the vectors hold NaN or infinity; the model has diverged")
@@ -58,7 +58,7 @@ def recall_of_scores(
 
 
 def chance(query_owner: np.ndarray, candidate_owner: np.ndarray, ks: Sequence[int] = KS) -> dict[str, float]:
-    """The recall of random answers: what :func:`recall` is without information, in [0, 1]."""
+    """The recall of random answers: what `recall` is without information, in [0, 1]."""
     owners, counts = np.unique(candidate_owner, return_counts=True)
     right = counts[np.searchsorted(owners, query_owner)]
     draws = np.broadcast_to(np.asarray(ks), (len(right), len(ks)))

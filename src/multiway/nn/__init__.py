@@ -1,0 +1,1 @@
+"""Leaf blocks: attention, feed-forward, Multiway, patches, positions, codebooks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +18,13 @@ class Pad(torch.autograd.Function):
     """Rows (R, ...) -> places (P, ...) of a padded layout; a place of padding repeats row 0 and gets no gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
         """Gather; the backward is the inverse gather, exact because padding is never attended to."""
         ctx.save_for_backward(inverse)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Take every row's gradient from its one place: deterministic, no accumulation."""
         (inverse,) = ctx.saved_tensors
         return grads[0].index_select(0, inverse), None, None
@@ -32,14 +34,14 @@ class Unpad(torch.autograd.Function):
     """Places (P, ...) -> rows (R, ...): drops the padding."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[override]
         """Gather every row from its place."""
         ctx.save_for_backward(inverse)
         ctx.places = len(x)
         return x.index_select(0, inverse)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Write every row's gradient to its one place, zero at padding."""
         (inverse,) = ctx.saved_tensors
         grad = grads[0]
@@ -58,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def attend_by_gemm(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-    """The plain twin of :func:`attend`: two batched products around a softmax in fp32."""
+    """The plain twin of `attend`: two batched products around a softmax in fp32."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if keep is not None:
         scores = scores.masked_fill(~keep, float("-inf"))
@@ -68,7 +70,7 @@ def attend_by_gemm(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tens
 class Attention(nn.Module):
     """Multi-head self-attention: ``qkv`` (R, D) -> (R, 3 D), attention within each sample, ``out`` (R, D) -> (R, D).
 
-    ``qkv`` and ``out`` take (rows, plan), as :class:`~multiway.nn.multiway.Multiway` does; norms belong to them.
+    ``qkv`` and ``out`` take (rows, plan), as `Multiway` does; norms belong to them.
     Every row of 3 D holds q, k and v, each head by head.
     """
 

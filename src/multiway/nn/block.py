@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x: Tensor, plan: Plan, draws: Tensor | None = None) -> Tensor:
-        """x: (R, D); draws: (2, S) of :func:`drop_path`, for attention and FFN, or None -> (R, D)."""
+        """x: (R, D); draws: (2, S) of `drop_path`, for attention and FFN, or None -> (R, D)."""
         first, second = (None, None) if draws is None else draws
         x = x + drop_path(self.attention(x, plan), first, self.drop_rate, plan.sample)
         return x + drop_path(self.ffn(x, plan), second, self.drop_rate, plan.sample)

@@ -14,7 +14,7 @@ def patchify(image: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`patchify`: (B, P, C * patch * patch) -> (B, C, H, W) for a (rows, columns) grid."""
+    """The inverse of `patchify`: (B, P, C * patch * patch) -> (B, C, H, W) for a (rows, columns) grid."""
     b, (h, w) = len(patches), grid
     x = patches.reshape(b, h, w, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(b, -1, h * patch, w * patch)

@@ -26,7 +26,7 @@ class PatchCodebook(nn.Module):
     """Every patch is named after the nearest of ``codes`` mean patches (k-means on pixels).
 
     The centroids (codes, 3 * patch * patch) in [0, 1] are a buffer: data, not trained. The place of BEiT-2's VQ-KD
-    tokenizer with nothing to train: fitted in seconds by :func:`multiway.data.prepare.fit_patch_codebook`.
+    tokenizer with nothing to train: fitted in seconds by `multiway.data.prepare.fit_patch_codebook`.
     """
 
     centroids: Tensor

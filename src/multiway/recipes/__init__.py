@@ -19,9 +19,10 @@ def names() -> Iterator[tuple[str, str]]:
     for found in pkgutil.iter_modules(__path__):
         tree = ast.parse((Path(__path__[0]) / f"{found.name}.py").read_text())
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and ast.unparse(node.returns or ast.Constant(None)) == "Run":
-                if not node.name.startswith("_"):
-                    yield f"{found.name}.{node.name}", (ast.get_docstring(node) or "").split("\n")[0]
+            if not isinstance(node, ast.FunctionDef) or node.returns is None or node.name.startswith("_"):
+                continue
+            if ast.unparse(node.returns) == "Run":
+                yield f"{found.name}.{node.name}", (ast.get_docstring(node) or "").split("\n")[0]
 
 
 def recipe(name: str) -> tuple[Run, ModuleType]:

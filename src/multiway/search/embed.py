@@ -96,7 +96,7 @@ def embed(
 ) -> int:
     """Embed every picture, and every text that has none, into the store ``out``; returns how many records are bad.
 
-    ``source``: an index, or anything :mod:`multiway.data.sources` reads, ``split`` choosing a part; ``model``: loaded,
+    ``source``: an index, or anything `multiway.data.sources` reads, ``split`` choosing a part; ``model``: loaded,
     or a folder or hub id; ``threads``: read pictures ahead; ``rank``, ``world``: this process takes chunks
     ``rank::world``, None = as ``RANK`` and ``WORLD_SIZE`` say, else alone. Finished chunks are verified and kept. Bad
     records are listed in ``quarantine.jsonl`` and have no row.

@@ -52,7 +52,7 @@ def search(
     ``query``: a path, or words that name no file; ``model``: None = the one the store was made with, from where it was.
 
     Raises ConfigError when another model made the store, MissingInputError for a picture that is not there, otherwise
-    as :meth:`Store.open <multiway.search.store.Store.open>` and :func:`multiway.pretrained.load`.
+    as `Store.open <multiway.search.store.Store.open>` and `multiway.pretrained.load`.
     """
     store = store if isinstance(store, Store) else Store.open(store)
     encoder = model if isinstance(model, Pretrained) else load(model or store.manifest["model"])

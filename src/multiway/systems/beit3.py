@@ -5,16 +5,18 @@ and words, predict the visual tokens of the patches and the ids of the words. Pr
 reconstructed from the paper, the released fine-tuning code and the authors' answers (docs/beit3.md lists what is known
 and what had to be chosen).
 
-Two architectures carry the name, both are here. *Decoupled* (the released base and large): every projection, norm and FFN
-exists per modality, only the softmax runs over both. *Shared* (the paper's giant): one self-attention for all, an FFN
-expert per modality, and in the top 3 layers a vision-language expert for the tokens of pairs.
+Two architectures carry the name, both are here. *Decoupled* (the released base and large): every projection, norm
+and FFN exists per modality, only the softmax runs over both. *Shared* (the paper's giant): one self-attention for
+all, an FFN expert per modality, and in the top 3 layers a vision-language expert for the tokens of pairs.
 
 Where we differ: weights are initialised as in BEiT, then scaled by Magneto's gain sqrt(ln 2L) (the paper rescales by
-1/sqrt(2l) and has no sub-LayerNorm gain; the released wrapper erases it); the contrastive temperature is clamped at 100.
+1/sqrt(2l) and has no sub-LayerNorm gain; the released wrapper erases it); the contrastive temperature is clamped at
+100.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ from multiway.types import Across, Batch, Objective, StepOutput
 from multiway.weights.rename import WeightMap
 
 UNUSED_POSITIONS = 2
-"""Rows 0 and 1 of both position tables are never read: fairseq counts positions from 2, and the released files keep it."""
+"""Rows 0 and 1 of both position tables are never read: fairseq counts positions from 2, and the released files keep
+it.
+"""
 
 NORM_EPS = 1e-5
 MAX_LOGIT_SCALE = math.log(100)
@@ -95,7 +99,7 @@ class Config:
 # tiny and small are ours, for CPU and one GPU.
 PRESETS: Mapping[str, Config] = {
     "beit3_tiny_patch16_64": Config(
-        dim=96, depth=4, heads=3, hidden=192, image_px=64, vocab=512, text_positions=66, codes=512,
+        dim=128, depth=3, heads=4, hidden=256, image_px=64, vocab=512, text_positions=66, codes=512,
         drop_path=0.0, contrast=True, init_std=0.12,
     ),
     "beit3_small_patch16_224": Config(dim=384, depth=12, heads=6, hidden=1536),
@@ -201,13 +205,13 @@ class BEiT3(nn.Module):
         image: uint8 (B, 3, H, W), those of pairs last; text: int64 (R,), packed, those of pairs first; hide: bool
         (B, P), True = hidden patch; draws: (2 L, S) for stochastic depth, None = nothing dropped.
         """
-        parts = []
+        rows = {}
         if image is not None:
-            parts.append(self.vision(image, hide))
+            rows["image"] = self.vision(image, hide)
         if text is not None:
             start, stop = plan.extent("text")
-            parts.append(self.language(text, plan.position[start:stop]))
-        return self.encoder(torch.cat(parts), plan, draws)
+            rows["text"] = self.language(text, plan.position[start:stop])
+        return self.encoder(torch.cat([rows[name] for name in plan.modalities]), plan, draws)
 
     def encode(self, *, image: Tensor | None = None, text: Sequence[Tensor] | None = None) -> Tokens:
         """Final tokens of pictures uint8 (B, 3, H, W), of texts (int64 ids with ``<s>`` and ``</s>``), or of pairs."""
@@ -230,8 +234,8 @@ class BEiT3(nn.Module):
 
     def image_logits(self, tokens: Tokens, hidden: Tensor) -> Tensor:
         """Scores of all visual tokens at hidden patches: flat indices int64 (M,) into (B, P) -> (M, codes)."""
-        patches = self.vision.grid[0] * self.vision.grid[1]
-        return self.mim_head(tokens.rows(hidden + hidden // patches + 1))  # a class token precedes each picture
+        first, patches = tokens.plan.extent("image")[0], self.vision.grid[0] * self.vision.grid[1]
+        return self.mim_head(tokens.rows(first + hidden + hidden // patches + 1))  # after each picture's class token
 
     def text_logits(self, tokens: Tokens, hidden: Tensor) -> Tensor:
         """Scores of all words at hidden places: indices int64 (K,) into the packed text -> (K, vocab)."""
@@ -248,6 +252,8 @@ class BEiT3(nn.Module):
         table = resize_positions(self.vision.positions.data, self.vision.grid, grid, extra=UNUSED_POSITIONS + 1)
         self.vision.positions = nn.Parameter(table)
         self.vision.grid = grid
+        if grid[0] == grid[1]:
+            self.config = dataclasses.replace(self.config, image_px=grid[0] * self.config.patch)
 
     @property
     def layers(self) -> int:
@@ -271,21 +277,18 @@ class BEiT3(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | PatchEmbed):
                 nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
-                if getattr(module, "bias", None) is not None:
+                if not isinstance(module, nn.Embedding) and module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         for table in (self.vision.positions, self.language.positions, self.vision.cls_token, self.vision.mask_token):
             nn.init.trunc_normal_(table, std=std, a=-std, b=std)
         gain = math.sqrt(math.log(2 * self.config.depth))
-        for block in self.encoder.blocks:
-            for qkv in block.attention.qkv.experts.values():
-                qkv.linear.weight[2 * self.config.dim :].mul_(gain)  # the values alone
-            for out in block.attention.out.experts.values():
-                out.linear.weight.mul_(gain)
-            for ffn in block.ffn.experts.values():
-                ffn.fc1.weight.mul_(gain)
-                ffn.fc2.weight.mul_(gain)
+        for name, weight in self.encoder.named_parameters():
+            if name.endswith(("fc1.weight", "fc2.weight")) or (".out." in name and name.endswith("linear.weight")):
+                weight.mul_(gain)
+            elif ".qkv." in name and name.endswith("linear.weight"):
+                weight[2 * self.config.dim :].mul_(gain)  # the values alone
         if self.config.contrast:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
@@ -311,7 +314,7 @@ class MaskedDataModeling(Objective):
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Hidden patches of pictures alone and of pairs, hidden words of pairs and of texts alone."""
-        counts = dict.fromkeys(TERMS, 0)
+        counts: dict[str, int] = dict.fromkeys(TERMS, 0)
         patches, words = self.borders(batch)
         if "image_hidden" in batch:
             counts["image"] = int((batch["image_hidden"] < patches).sum())

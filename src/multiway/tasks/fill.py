@@ -33,8 +33,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Share of hidden patches' visual tokens and of hidden words of pairs that are predicted, in [0, 1].
 
-    ``collate`` hides; ``ink``: bool (N, P), only these patches count (None = all). Beside each figure stands that of the
-    trivial predictor, which always says the most frequent of the right answers.
+    ``collate`` hides; ``ink``: bool (N, P), only these patches count (None = all). Beside each figure stands that of
+    the trivial predictor, which always says the most frequent of the right answers.
     """
     device = next(model.parameters()).device
     image: list[tuple[Tensor, Tensor]] = []

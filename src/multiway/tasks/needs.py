@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from typing import Protocol
+from typing import Any
 
 from multiway.errors import ConfigError
 
 Modalities = frozenset[str]
 
 
-class Encoder(Protocol):
-    """A model that states which sets of modalities it encodes."""
-
-    @property
-    def accepts(self) -> Set[Modalities]:
-        """``{image}``, ``{text}``, ``{image, text}`` ..."""
-        ...
-
-
-def check(model: Encoder, needs: Set[Modalities], task: str = "this task") -> None:
+def check(model: Any, needs: Set[Modalities], task: str = "this task") -> None:
     """Raise ConfigError, saying what would fit, unless the model encodes every set of modalities a task needs.
 
     ``model.accepts`` and ``needs``: sets of sets of modalities, ``{image, text}`` being both together in one encoder.

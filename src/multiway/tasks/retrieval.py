@@ -18,7 +18,7 @@ class ImageTextContrast(Objective):
     """Contrast pictures and texts, each encoded alone (BEiT-3's ``_itc`` tuning, and its fine-tuning for retrieval).
 
     The model needs ``forward(plan, image=, text=, draws=) -> Tokens``, ``embed(tokens, modality) -> unit vectors`` and
-    ``temperature() -> factor on cosines``; batches are :class:`~multiway.data.collate.DualCollate`'s. Term: ``contrast``.
+    ``temperature() -> factor on cosines``; batches are `DualCollate`'s. Term: ``contrast``.
     """
 
     splittable: ClassVar[bool] = False
@@ -57,7 +57,7 @@ def evaluate(
     ``embed_image(images)``, ``embed_text(captions)``: unit vectors (N, D) and (M, D) float32 of all of them; owner:
     int (M,), the picture each caption describes, every picture having at least one; None = the i-th caption the i-th.
     A picture counts as answered by any of its captions (the Karpathy protocol); ties as in
-    :func:`multiway.metrics.recall.recall`.
+    `multiway.metrics.recall.recall`.
 
     Returns ``{"candidates": N, "captions": M, "image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}, "chance":
     {"image_to_text": {...}, "text_to_image": {...}}}``. Raises ConfigError when captions and owners do not match.

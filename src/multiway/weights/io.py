@@ -95,10 +95,14 @@ def unlike(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str:
 def write(path: Path, make: Callable[[Path], Any], tag: str = "") -> None:
     """Write a file by ``make(path)`` under a temporary name, sync it, and give it its name.
 
-    ``tag``: part of the temporary name, different for each of several processes that write the same file.
+    ``tag``: part of the temporary name, different for each of several processes that write the same file. Raises
+    OSError when the disk refuses.
     """
     temporary = path.with_name(f".tmp-{tag}{path.name}")
-    make(temporary)
+    try:
+        make(temporary)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
