@@ -1,8 +1,8 @@
 """What masked pre-training does for the contrastive stage at equal total compute, on the embedded scenes.
 
-Three arms get the same CPU seconds of one thread: contrast alone; masked data modelling for a third, then contrast; both
-in every step. The cost of a step of each kind is measured first, in one interleaved run; steps follow from it. Figures
-are recall@1 among 1,000 held-out scenes by other writers. Last line: one JSON object.
+Three arms get the same CPU seconds of one thread: contrast alone; masked data modelling for a third, then contrast;
+both in every step. The cost of a step of each kind is measured first, in one interleaved run; steps follow from it.
+Figures are recall@1 among 1,000 held-out scenes by other writers. Last line: one JSON object.
 
     python benchmarks/study_pretraining.py --out runs/study [--budget 60] [--seeds 3]
 """

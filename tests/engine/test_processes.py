@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,18 +19,22 @@ from multiway.engine import parallel
 from multiway.engine.train import Job, train
 from multiway.errors import ConfigError
 from multiway.run import Checkpoint, Log, Run
-from tests.engine.ranks import Ranks, kill_seed, outcome, run_tiny
+from tests.engine.ranks import Ranks, free_port, kill_seed, outcome, run_tiny
 from tests.engine.tiny import Twist, build, left, rows, tiny
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(12_000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it has not come in two minutes")
 
 
 def wait_for(path: Path, ranks: Ranks, lines: int = 1) -> None:
     """Until a file has so many lines."""
-    for _ in range(6000):
-        if path.exists() and path.read_text().count("\n") >= lines:
-            return
-        assert None in ranks.wait(0), ranks.said
-        time.sleep(0.01)
-    raise AssertionError(f"{path} is not there: {ranks.said}")
+    wait_until(lambda: (path.exists() and path.read_text().count("\n") >= lines) or None not in ranks.wait(0))
+    assert path.exists() and path.read_text().count("\n") >= lines, ranks.said
 
 
 def steps_saved(out: Path) -> list[int]:
@@ -156,29 +162,23 @@ def test_without_a_process_the_others_end(number: signal.Signals, tmp_path: Path
 
 @pytest.mark.slow
 def test_ranks_of_a_killed_launcher_end_too(tmp_path: Path) -> None:
-    """torchrun is killed; whoever starts the run again finds the lock free within seconds."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "multiway"]
-    settings = ["--parallel.threads=1", "--data.images=8", "--data.texts=8", "--data.pairs=8", "--checkpoint.every=5"]
-    command = [*run, "train", "beit3.quick", f"--out={tmp_path / 'run'}", *settings, "--steps=100000"]
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0)
+    """torchrun is killed: none of what it started writes on beside whoever starts the run again."""
+    torchrun = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "multiway"]
+    sizes = ["--data.images=8", "--data.texts=8", "--data.pairs=8", "--parallel.threads=1", "--steps=100000"]
+    command = [sys.executable, "-m", *torchrun, "train", "beit3.quick", f"--out={tmp_path / 'run'}", *sizes]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
     try:
-        for _ in range(1200):
-            if (tmp_path / "run" / "metrics.jsonl").exists():
-                break
-            assert launcher.poll() is None
-            time.sleep(0.1)
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        assert len(children) == 2
+        wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() or launcher.poll() is not None)
+        assert launcher.poll() is None, (tmp_path / "log").read_text()
+        ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(ranks) == 2
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
-        for _ in range(100):
-            alive = [child for child in children if Path(f"/proc/{child}").exists()]
-            if not alive:
-                break
-            time.sleep(0.1)
-        assert not alive
+        wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
     finally:
-        os.killpg(launcher.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 # --- what crosses between them ----------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class Source:
         """Number of ids of all documents, without the last ``</s>``."""
         return len(self._columns["token"]) - 1
 
-    @cached_property
+    @property
     def blocks(self) -> list[int] | None:
         """Number of records in each tar shard, in record order; None for other sources."""
         if self._format != "tar" or self.kind == "text":

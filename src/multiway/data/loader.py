@@ -42,7 +42,7 @@ class Source(Protocol):
         """Sizes of its shards in record order; None = in one piece."""
         ...
 
-    def key(self, record: int) -> str:
+    def key(self, record: int, /) -> str:
         """Name of a record for messages."""
         ...
 

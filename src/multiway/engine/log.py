@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from multiway.errors import WriteError
 
-CONSOLE = Console(stderr=True, highlight=False)
+CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_SECONDS = 10
 """Without a terminal, progress is a line every so many seconds."""
 
@@ -115,7 +115,9 @@ class TensorBoard:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Every number of a metrics row at its step."""
-        for key, value in row.items() if self.writer else ():
+        if self.writer is None:
+            return
+        for key, value in row.items():
             if isinstance(value, int | float) and key != "step":
                 self.writer.add_scalar(key, value, row["step"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +19,23 @@ def build_optimizer(objective: nn.Module, optim: Optim) -> torch.optim.AdamW:
     the rest) and ``no_decay(name) -> bool``; parameters outside ``objective.model`` count as the rest. A group's
     ``scale`` is ``layer_decay ** (layers + 1 - layer)``. Source: masked.md 1.6, 1.7.
     """
-    model = objective.model
+    model: Any = objective.model
+    top = model.layers + 1
     groups: dict[tuple[int, bool], list[Tensor]] = {}
     for name, parameter in objective.named_parameters():
-        own = name.removeprefix("model.")
-        inside = name.startswith("model.")
-        layer = model.layer_of(own) if inside else model.layers + 1
+        inside, own = name.startswith("model."), name.removeprefix("model.")
+        layer = model.layer_of(own) if inside and optim.layer_decay != 1 else top
         decays = parameter.ndim > 1 and not (inside and model.no_decay(own))
-        groups.setdefault((layer if optim.layer_decay != 1 else model.layers + 1, decays), []).append(parameter)
+        groups.setdefault((layer, decays), []).append(parameter)
     described = [
         {
             "params": parameters,
             "weight_decay": optim.weight_decay if decays else 0.0,
-            "scale": optim.layer_decay ** (model.layers + 1 - layer),
+            "scale": optim.layer_decay ** (top - layer),
         }
         for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return torch.optim.AdamW(described, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+    return torch.optim.AdamW(described, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -66,9 +67,8 @@ def restore_steps(objective: nn.Module, optimizer: torch.optim.Optimizer, steps:
     """Create the optimizer's state for exactly these parameters, moments zero, to be filled from a checkpoint."""
     for name, parameter in objective.named_parameters():
         if name in steps:
-            device = parameter.to_local().device if hasattr(parameter, "to_local") else parameter.device
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps[name]), device=device),
+                "step": torch.tensor(float(steps[name]), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -88,7 +88,7 @@ class Average:
         """Move towards the present weights: ``average = decay * average + (1 - decay) * weight``."""
         if self.decay:
             present = [p.detach() for _, p in objective.named_parameters()]
-            torch._foreach_lerp_(list(self.tensors.values()), present, 1 - self.decay)
+            torch._foreach_lerp_(list(self.tensors.values()), present, 1 - self.decay)  # type: ignore
 
     @contextmanager
     def applied(self, objective: nn.Module) -> Iterator[None]:

@@ -135,7 +135,7 @@ def start(threads: int | None) -> Process:
         return Process(0, 1, device, None)
     timeout = timedelta(seconds=float(os.environ.get("MULTIWAY_TIMEOUT", TIMEOUT_SECONDS)))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    control: Any = dist.new_group(backend="gloo", timeout=timeout)
     return Process(dist.get_rank(), world, device, control)
 
 
@@ -146,7 +146,7 @@ def spread(objective: Objective, process: Process, parallel: Parallel) -> None:
     only, so evaluations reach the model through ``objective.apply_model``).
     """
     objective.to(process.device)
-    encoder = objective.model.encoder
+    encoder: Any = objective.model.encoder  # type: ignore[union-attr]
     encoder.recompute = parallel.recompute
     if parallel.compile:
         for block in encoder.blocks:

@@ -297,7 +297,7 @@ def facts(result: Mapping[str, Any], run: Run) -> str:
         "Machine": f"{result['machine']}; ran on {result['device']}, {threads} CPU thread{'s' * (threads > 1)}",
         "Software": f"torch {result['torch']}, Python {result['python']}",
         "Seed": result["seed"],
-        "Commit": result["commit"] or "not a git checkout",
+        "Commit": (result["commit"] or "not a git checkout") + ", with changes" * bool(result["source_changed"]),
     }
     terms = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in listed.items())
     return f'<section id="run"><h2>This run</h2><dl class="facts">{terms}</dl></section>'

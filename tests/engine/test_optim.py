@@ -1,0 +1,222 @@
+"""Parameter groups, rates, moments and the average, against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from multiway.engine.optim import Average, build_optimizer, optimizer_steps, optimizer_tensors, restore_steps, set_rate
+from multiway.engine.schedule import learning_rate
+from multiway.run import Optim, Schedule
+from multiway.systems.beit3 import BEiT3, Config, MaskedDataModeling
+
+DECAY = 0.5
+
+
+@pytest.fixture
+def objective() -> MaskedDataModeling:
+    torch.manual_seed(0)
+    shape = {"dim": 16, "depth": 3, "heads": 2, "hidden": 32, "patch": 8, "image_px": 16, "vocab": 11, "codes": 7}
+    objective = MaskedDataModeling(BEiT3(Config(**shape, text_positions=9, contrast=True)), None)
+    objective.init_weights()
+    return objective
+
+
+def groups(objective: nn.Module, optim: Optim) -> dict[str, dict[str, float]]:
+    """Of every parameter: the settings of the group it is in."""
+    optimizer = build_optimizer(objective, optim)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    found = [(names[parameter], group) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(name for name, _ in found) == sorted(names.values())  # each once
+    return {name: group for name, group in found}
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("vision.proj.weight", 0),
+        ("vision.proj.bias", 0),
+        ("vision.cls_token", 0),
+        ("vision.mask_token", 0),
+        ("vision.positions", 0),
+        ("language.words.weight", 0),
+        ("language.positions", 0),
+        ("encoder.blocks.0.attention.qkv.experts.image.linear.weight", 1),
+        ("encoder.blocks.1.ffn.experts.text.fc2.bias", 2),
+        ("encoder.blocks.2.attention.out.experts.text.norm.weight", 3),
+        ("encoder.norm.experts.image.weight", 4),
+        ("mim_head.weight", 4),
+        ("mlm_head.bias", 4),
+        ("vision_head.weight", 4),
+        ("logit_scale", 4),
+    ],
+)
+def test_rates_fall_by_layer_from_the_top(objective: MaskedDataModeling, name: str, layer: int) -> None:
+    """masked.md 1.6: decay ** (L + 1 - layer), the L + 1 = 4 of heads and final norm being 1."""
+    assert groups(objective, Optim(layer_decay=DECAY))[f"model.{name}"]["scale"] == DECAY ** (4 - layer)
+    assert groups(objective, Optim())[f"model.{name}"]["scale"] == 1
+
+
+def test_matrices_decay_but_for_tables_of_positions_and_tokens(objective: MaskedDataModeling) -> None:
+    """masked.md 1.7 and choice 25: 1-D parameters, biases, both position tables, class and mask token do not."""
+    spared = {"vision.cls_token", "vision.mask_token", "vision.positions", "language.positions"}
+    for decay in (1.0, DECAY):
+        for name, group in groups(objective, Optim(weight_decay=0.3, layer_decay=decay)).items():
+            parameter = objective.get_parameter(name)
+            plain = parameter.ndim <= 1 or name.removeprefix("model.") in spared
+            assert group["weight_decay"] == (0 if plain else 0.3), name
+    found = groups(objective, Optim(weight_decay=0.3))
+    for name in ("language.words.weight", "vision.proj.weight", "mim_head.weight"):
+        assert found[f"model.{name}"]["weight_decay"] == 0.3
+    for name in ("mim_head.bias", "logit_scale", "encoder.norm.experts.text.weight", "vision.positions"):
+        assert found[f"model.{name}"]["weight_decay"] == 0
+
+
+def test_without_layer_decay_there_are_two_groups(objective: MaskedDataModeling) -> None:
+    assert len(build_optimizer(objective, Optim()).param_groups) == 2
+    assert len(build_optimizer(objective, Optim(layer_decay=DECAY)).param_groups) == 10
+
+
+def test_parameters_outside_the_model_count_as_the_top(objective: MaskedDataModeling) -> None:
+    objective.scale = nn.Parameter(torch.ones(2, 2))
+    found = groups(objective, Optim(layer_decay=DECAY))["scale"]
+    assert (found["scale"], found["weight_decay"]) == (1, 0.05)
+
+
+def test_the_rate_of_a_group_is_scaled(objective: MaskedDataModeling) -> None:
+    optimizer = build_optimizer(objective, Optim(layer_decay=DECAY))
+    for rate in (0.0, 2e-3):
+        set_rate(optimizer, rate)
+        assert {group["lr"] for group in optimizer.param_groups} == {rate * DECAY**i for i in range(5)}
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_at_its_corners() -> None:
+    """masked.md 1.8: linspace(0, peak, warmup), then final + (peak - final) (1 + cos) / 2 over the rest."""
+    schedule = Schedule(steps=110, warmup=11, final_lr=0.1)
+    rates = [learning_rate(schedule, 1.0, step) for step in range(110)]
+    assert rates[:11] == pytest.approx([0.1 * i for i in range(11)])
+    assert rates[11] == 1.0
+    assert rates[11:] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * t / 99)) for t in range(99)])
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[60] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 49 / 99)))
+    assert learning_rate(schedule, 1.0, 110) == learning_rate(schedule, 1.0, 500) == pytest.approx(0.1)
+
+
+def test_the_schedule_without_warm_up_begins_at_the_peak() -> None:
+    assert learning_rate(Schedule(steps=10, warmup=0, final_lr=0.0), 2.0, 0) == 2.0
+    assert learning_rate(Schedule(steps=10, warmup=1, final_lr=0.0), 2.0, 0) == 2.0
+    assert learning_rate(Schedule(steps=10, warmup=10, final_lr=0.5), 2.0, 9) == 2.0
+
+
+# --- the optimiser's state --------------------------------------------------------------------------------------------
+
+
+def advance(objective: nn.Module, optimizer: torch.optim.Optimizer, steps: int, only: str = "") -> None:
+    """Steps with random gradients for the parameters whose name begins so."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in objective.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient if name.startswith(only) else None
+        optimizer.step()
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in tensors.items()}
+
+
+def test_state_comes_back_also_where_parameters_never_had_a_gradient(objective: MaskedDataModeling) -> None:
+    """Unused heads have no moments; one that is used later starts from nothing then, exactly as uninterrupted."""
+    optimizer = build_optimizer(objective, Optim(lr=1e-2))
+    advance(objective, optimizer, 3, "model.encoder")
+    advance(objective, optimizer, 2, "model.encoder.blocks.0")
+    moments, steps = copies(optimizer_tensors(objective, optimizer)), optimizer_steps(objective, optimizer)
+    weights = copies(dict(objective.named_parameters()))
+    assert set(steps.values()) == {3, 5} and all(name.startswith("model.encoder") for name in steps)
+    assert {name.rpartition(".")[0] for name in moments} == set(steps)
+
+    restored = build_optimizer(objective, Optim(lr=1e-2))
+    assert optimizer_tensors(objective, restored) == {} and optimizer_steps(objective, restored) == {}
+    restore_steps(objective, restored, steps)
+    assert optimizer_steps(objective, restored) == steps
+    empty = optimizer_tensors(objective, restored)
+    assert empty.keys() == moments.keys() and not any(x.any() for x in empty.values())
+    for name, x in empty.items():
+        x.copy_(moments[name])
+
+    advance(objective, optimizer, 2)  # now all have gradients, the heads for the first time
+    expected = copies(dict(objective.named_parameters())), copies(optimizer_tensors(objective, optimizer))
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            parameter.copy_(weights[name])
+    advance(objective, restored, 2)
+    found = dict(objective.named_parameters()), optimizer_tensors(objective, restored)
+    for one, other in zip(expected, found):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert optimizer_steps(objective, restored) == optimizer_steps(objective, optimizer)
+
+
+def test_it_is_adamw_with_decoupled_decay(objective: MaskedDataModeling) -> None:
+    optim = Optim(lr=0.1, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.2)
+    optimizer = build_optimizer(objective, optim)
+    weight = objective.model.mim_head.weight
+    expected, mean, square = weight.detach().clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    set_rate(optimizer, 0.1)
+    for step in (1, 2, 3):
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        expected = expected * (1 - 0.1 * 0.2)
+        mean, square = 0.5 * mean + 0.5 * weight.grad, 0.75 * square + 0.25 * weight.grad**2
+        scaled = (square / (1 - 0.75**step)).sqrt() + 1e-3
+        expected = expected - 0.1 * (mean / (1 - 0.5**step)) / scaled
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+# --- the average ------------------------------------------------------------------------------------------------------
+
+
+def test_the_average_follows_its_definition(objective: MaskedDataModeling) -> None:
+    average = Average(objective, 0.75)
+    expected = copies(dict(objective.named_parameters()))
+    assert all(torch.equal(average.tensors[name], expected[name]) for name in expected)
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in objective.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)))
+        average.update(objective)
+        for name, parameter in objective.named_parameters():
+            expected[name] = 0.75 * expected[name] + 0.25 * parameter.detach()
+    for name, value in expected.items():
+        torch.testing.assert_close(average.tensors[name], value)
+
+
+def test_the_average_is_lent_and_both_come_back_to_the_bit_also_after_an_error(objective: MaskedDataModeling) -> None:
+    average = Average(objective, 0.9)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(1)
+    own, kept = copies(dict(objective.named_parameters())), copies(average.tensors)
+    with pytest.raises(KeyError), average.applied(objective):
+        for name, parameter in objective.named_parameters():
+            assert torch.equal(parameter, kept[name]) and not torch.equal(parameter, own[name])
+        raise KeyError
+    for name, parameter in objective.named_parameters():
+        assert torch.equal(parameter, own[name]) and torch.equal(average.tensors[name], kept[name])
+
+
+def test_no_average_is_kept_when_none_is_wanted(objective: MaskedDataModeling) -> None:
+    average, own = Average(objective, 0), copies(dict(objective.named_parameters()))
+    average.update(objective)
+    assert average.tensors == {}
+    with average.applied(objective):
+        assert all(torch.equal(parameter, own[name]) for name, parameter in objective.named_parameters())
