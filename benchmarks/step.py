@@ -203,21 +203,13 @@ def status_kb(name: str) -> int:
 
 def child(args: argparse.Namespace, *more: str) -> object:
     """Run a part of the benchmark in a process of its own, where stubs stand in for what torchscale needs not."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::FutureWarning",
-        __file__,
-        "--size",
-        args.size,
-        "--device",
-        args.device,
-        "--batch",
-        str(args.batch),
-    ]
-    command += ["--repeats", str(args.repeats), "--clock", args.clock, "--threads", str(args.threads), *more]
-    path = os.pathsep.join([str(ROOT / "tests" / "parity" / "stubs"), str(ROOT / "src")])
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True)
+    flags = {name: getattr(args, name) for name in ("size", "device", "batch", "repeats", "clock", "threads")}
+    command = [sys.executable, "-W", "ignore::FutureWarning", __file__, *more]
+    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "parity" / "stubs"), str(ROOT / "src")])}
+    if "memory" in more:
+        env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc then returns every freed tensor: peaks, not fragmentation
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -360,7 +360,7 @@ def test_a_curve_is_smoothed_and_skips_what_is_not_finite():
 
 def test_ink_lies_in_the_cell_of_its_digit():
     scenes = builtin.retrieval_scenes(5)
-    patches = examples.patches_with(examples.ink_of(scenes), 16).reshape(-1, 2, 2, 2, 2).any((2, 4))
+    patches = builtin.ink_patches(scenes, 16).reshape(-1, 2, 2, 2, 2).any((2, 4))
     for found, objects in zip(patches, scenes.objects):
         assert {(o.row, o.column) for o in objects} == set(map(tuple, np.argwhere(found).tolist()))
 

@@ -53,8 +53,10 @@ def apply(config: T, values: Mapping[str, Any]) -> T:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a config as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Write a config as JSON, aside and then renamed."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    temporary.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ __all__ = [
     "digit_prompts",
     "export",
     "ink",
+    "ink_patches",
     "one_digit_scenes",
     "questions",
     "relations",
@@ -153,6 +154,13 @@ def ink(scene: Scene) -> np.ndarray:
         (x, y), size = o.corner, len(alpha)
         layer[y : y + size, x : x + size] = alpha >= 128
     return found
+
+
+def ink_patches(scenes: SceneSet, patch: int) -> np.ndarray:
+    """Which patches of each scene show handwriting: bool (N, P), P row-major."""
+    shown = np.stack([ink(scenes[i]).any(0) for i in range(len(scenes))])  # (N, H, W)
+    n, h, w = shown.shape
+    return shown.reshape(n, h // patch, patch, w // patch, patch).any((2, 4)).reshape(n, -1)
 
 
 def export(

@@ -27,7 +27,11 @@ from multiway.run import Data
 KINDS = ("image", "pair", "text")
 
 SCENES = 20_000
-"""Embedded scenes of the training split: about two seconds to render."""
+"""Embedded scenes of the training split: about two seconds to render.
+
+Half of them hold one digit. Where there are more, colours and places tell scenes apart, and contrast never learns to
+read; among scenes of one digit it has to.
+"""
 
 FIT_PICTURES, FIT_PATCHES = 4_000, 20_000
 """Pictures and patches a patch codebook is fitted on."""
@@ -96,15 +100,21 @@ class Corpus:
 
 def scene_corpus(seed: int) -> Corpus:
     """The embedded scenes of the training writers, and a tokenizer trained on their captions."""
-    scenes = builtin.scenes("train", SCENES, seed=seed)
-    tokenizer = TextTokenizer.train((c for captions in scenes.captions for c in captions), vocab=512, model="bpe")
-    digest = hashlib.sha256(scenes.images.tobytes() + tokenizer.hash.encode()).hexdigest()
-    source = Scenes(scenes, tokenizer)
+    half = SCENES // 2
+    sets = [
+        builtin.scenes("train", half, seed=seed, digits=(1, 1)),
+        builtin.scenes("train", half, seed=seed, start=half),
+    ]
+    captions = [caption for scenes in sets for own in scenes.captions for caption in own]
+    tokenizer = TextTokenizer.train(captions, vocab=512, model="bpe")
+    digest = hashlib.sha256(b"".join(scenes.images.tobytes() for scenes in sets))
+    digest.update("\n".join([tokenizer.hash, *captions]).encode())
+    sources = [Scenes(scenes, tokenizer) for scenes in sets]
     return Corpus(
-        sources={kind: [source] for kind in KINDS},
+        sources=dict.fromkeys(KINDS, sources),
         weights=dict.fromkeys(KINDS),
         tokenizer=tokenizer,
-        hash=digest,
+        hash=digest.hexdigest(),
     )
 
 
@@ -214,6 +224,7 @@ def fit_patch_codebook(sources: Sequence[Source], codes: int, patch: int, view: 
     """
     try:
         from sklearn.cluster import MiniBatchKMeans
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ConfigError('a patch codebook needs scikit-learn: pip install "multiway[quickstart]"') from error
     rng = generator(seed, "codebook")
@@ -230,7 +241,8 @@ def fit_patch_codebook(sources: Sequence[Source], codes: int, patch: int, view: 
     if len(flat) < codes:
         raise ConfigError(f"{len(flat)} patches cannot make {codes} codes: lower model.codes, or give more pictures")
     flat = flat[rng.choice(len(flat), min(len(flat), FIT_PATCHES), replace=False)].astype(np.float32) / 255
-    means = MiniBatchKMeans(codes, random_state=0, n_init="auto", batch_size=2048, max_iter=20).fit(flat)
+    with threadpool_limits(1):  # its own threads wait for each other: minutes instead of seconds on a busy machine
+        means = MiniBatchKMeans(codes, random_state=0, n_init="auto", batch_size=2048, max_iter=20).fit(flat)
     return np.asarray(means.cluster_centers_, dtype=np.float32)
 
 

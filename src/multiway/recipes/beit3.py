@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
@@ -441,15 +440,10 @@ def evaluate_scenes(ready: Pretrained, codebook: PatchCodebook | None, run: Run)
             words=words, grid=run.model.grid, image_ratio=run.objective.image_ratio,
             pair_ratio=run.objective.pair_ratio,
         )  # fmt: skip
-        figures["masked"] = fill.evaluate(ready.model, codebook, pairs, collate, ink_patches(scenes, run.model.patch))
+        figures["masked"] = fill.evaluate(
+            ready.model, codebook, pairs, collate, builtin.ink_patches(scenes, run.model.patch)
+        )
     return figures
-
-
-def ink_patches(scenes: builtin.SceneSet, patch: int) -> np.ndarray:
-    """Which patches of each scene show handwriting: bool (N, P)."""
-    ink = np.stack([builtin.ink(scenes[i]).any(0) for i in range(len(scenes))])  # (N, H, W)
-    n, h, w = ink.shape
-    return ink.reshape(n, h // patch, patch, w // patch, patch).any((2, 4)).reshape(n, -1)
 
 
 def evaluate_pairs(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:

@@ -124,20 +124,9 @@ def fill_pictures(
         return torch.where(over, codebook.decode(filled, grid), images).numpy()
 
     alone, told = fill(None), fill(framed(ready, captions))
-    inked = hide & torch.from_numpy(patches_with(ink_of(scenes), patch))
+    inked = hide & torch.from_numpy(builtin.ink_patches(scenes, patch))
     right, right_told = (float((filled == codes)[inked].float().mean()) for filled in (alone, told))
     return Pictures(scenes.images, draw(alone), draw(told), draw(codes), hide.numpy(), box, right, right_told)
-
-
-def ink_of(scenes: builtin.SceneSet) -> np.ndarray:
-    """Where the handwriting of each scene lies: bool (N, H, W)."""
-    return np.stack([builtin.ink(scenes[i]).any(0) for i in range(len(scenes))])
-
-
-def patches_with(ink: np.ndarray, patch: int) -> np.ndarray:
-    """Which patches hold any of it: bool (N, H, W) -> (N, P)."""
-    n, h, w = ink.shape
-    return ink.reshape(n, h // patch, patch, w // patch, patch).any((2, 4)).reshape(n, -1)
 
 
 def fill_words(ready: Pretrained, scenes: builtin.SceneSet, captions: Sequence[str]) -> Captions:
