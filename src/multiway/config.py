@@ -47,7 +47,7 @@ def apply(config: T, values: Mapping[str, Any]) -> T:
         _known(name, names)
     parser = _parser(config)
     try:
-        return _build(config, parser.parse_object(dict(values)))
+        return _build(config, parser.parse_object({k: v for k, v in values.items() if v != {}}))
     except Exception as error:
         raise ConfigError(_message(error)) from error
 
@@ -115,12 +115,18 @@ def _parser(config: Any):  # noqa: ANN202 - jsonargparse is imported late, it co
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    hints = dataclasses.fields(config)
-    for field in hints:
+    for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if _is_empty(value):
+            continue
         kind = type(value) if dataclasses.is_dataclass(value) else _hint(type(config), field.name)
         parser.add_argument(f"--{field.name}", type=kind, default=value)
     return parser
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it is a dataclass with nothing to set."""
+    return dataclasses.is_dataclass(value) and not dataclasses.fields(value)
 
 
 def _hint(owner: type, name: str) -> Any:
@@ -133,7 +139,10 @@ def _build(config: T, namespace: Any) -> T:
     """Rebuild the dataclasses from parsed values, so that their own checks run."""
     changes = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        old, new = getattr(config, field.name), namespace[field.name]
+        old = getattr(config, field.name)
+        if _is_empty(old):
+            continue
+        new = namespace[field.name]
         if dataclasses.is_dataclass(old):
             new = new if dataclasses.is_dataclass(new) else _build(old, new)
         elif isinstance(old, tuple):

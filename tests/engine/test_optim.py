@@ -31,7 +31,7 @@ def groups(objective: nn.Module, optim: Optim) -> dict[str, dict[str, float]]:
     names = {parameter: name for name, parameter in objective.named_parameters()}
     found = [(names[parameter], group) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(name for name, _ in found) == sorted(names.values())  # each once
-    return {name: group for name, group in found}
+    return dict(found)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

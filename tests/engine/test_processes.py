@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -60,6 +61,26 @@ def test_sigterm_saves_the_step_and_the_same_command_ends_as_if_never_stopped(ti
         assert f"stopped by a signal after step {step}; the same command continues" in ranks.said
         assert outcome(1, run, out, log=log) == [0]
         assert left(out) == left(tmp_path / "whole")
+
+
+def run_in_group(run: Run, out: Path) -> None:
+    """In a process group of its own, which its loader workers will belong to."""
+    os.setpgid(0, 0)
+    run_tiny(run, out)
+
+
+def test_a_signal_to_loader_workers_too_does_not_keep_the_run_from_saving(tmp_path: Path) -> None:
+    """Ctrl-C and schedulers signal whole groups. Nor do the workers change anything."""
+    run, log = tiny(30, checkpoint=Checkpoint(every=1000), log=Log()), tmp_path / "log"
+    assert outcome(1, run, tmp_path / "whole", log=log) == [0]
+    out, loading = tmp_path / "run", dataclasses.replace(run, data=dataclasses.replace(run.data, workers=2))
+    for number, lines in ((signal.SIGTERM, 3), (signal.SIGINT, 9)):
+        with Ranks(1, run_in_group, loading, out, log=log) as ranks:
+            wait_for(out / "metrics.jsonl", ranks, lines)
+            os.killpg(ranks.processes[0].pid or 0, number)
+            assert ranks.wait() == [75], ranks.said
+    assert outcome(1, run, out, log=log) == [0]
+    assert left(out) == left(tmp_path / "whole")
 
 
 def test_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:

@@ -182,12 +182,13 @@ def observe(objective: Objective, fn: Callable[[nn.Module], T]) -> T:
         return fn(model)
 
     objective.eval()
-    with torch.no_grad():
-        result = objective.apply_model(gathered)
-    objective.train()
-    if isinstance(objective, FSDPModule):
-        objective.reshard()  # after a forward its root stays gathered, for a backward that does not come here
-    return result
+    try:
+        with torch.no_grad():
+            return objective.apply_model(gathered)
+    finally:
+        objective.train()
+        if isinstance(objective, FSDPModule):
+            objective.reshard()  # after a forward its root stays gathered, for a backward that does not come here
 
 
 def _nothing() -> None:

@@ -78,15 +78,15 @@ def quick() -> Run:
         recipe="beit3.quick",
         model=PRESETS["beit3_tiny_patch16_64"],
         objective=Masked(
-            views=1, contrast=True, joint=1 / 6,
-            weights={"image": 0.1, "pair_image": 0.1, "pair_text": 0.1, "text": 0.1},
+            views=1, contrast=True, joint=1 / 3,
+            weights={"image": 0.1, "pair_image": 0.3, "pair_text": 0.3, "text": 0.1},
         ),
         data=Data(
-            images=16, texts=16, pairs=96, vocab=512, text_tokens=64, window=64,
+            images=8, texts=8, pairs=96, vocab=512, text_tokens=64, window=64,
             image_scale=1.0, pair_scale=1.0, flip=False, jitter=0.0,
         ),
         optim=Optim(lr=2e-3),
-        schedule=Schedule(steps=1500, warmup=100, final_lr=2e-5),
+        schedule=Schedule(steps=1300, warmup=100, final_lr=2e-5),
         parallel=Parallel(precision="fp32"),
         checkpoint=Checkpoint(every=500),
     )  # fmt: skip
