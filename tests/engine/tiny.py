@@ -31,7 +31,7 @@ from multiway.engine.train import Job
 from multiway.errors import RecordError
 from multiway.nn.quantize import PatchCodebook
 from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
-from multiway.systems.beit3 import BEiT3, Config, MaskedDataModeling
+from multiway.systems.beit3 import BEiT3, Config, MaskedAndContrast, MaskedDataModeling
 from multiway.tasks.retrieval import ImageTextContrast
 
 MODEL = Config(
@@ -66,19 +66,19 @@ PLAIN = Twist()
 
 @dataclass(frozen=True)
 class Kind:
-    """The objective of a run: ``masked`` or ``contrast``."""
+    """The objective of a run: ``masked``, ``contrast`` or ``both``."""
 
     name: str = "masked"
 
 
 def tiny(steps: int = 8, *, kind: str = "masked", items: int = 8, **changes: Any) -> Run:
     """A run that saves every second step and evaluates every third; ``changes`` replace whole parts."""
-    contrast = kind == "contrast"
+    alone = 0 if kind == "contrast" else items
     run = Run(
         recipe="tiny",
-        model=dataclasses.replace(MODEL, masked=not contrast, contrast=contrast),
+        model=dataclasses.replace(MODEL, masked=kind != "contrast", contrast=kind != "masked"),
         objective=Kind(kind),
-        data=Data(images=0 if contrast else items, texts=0 if contrast else items, pairs=items),
+        data=Data(images=alone, texts=alone, pairs=items),
         optim=Optim(lr=3e-3, layer_decay=0.9, ema=0.9),
         schedule=Schedule(steps=steps, warmup=3, final_lr=1e-4),
         parallel=Parallel(precision="fp32", threads=1),
@@ -171,6 +171,10 @@ class Contrast(Watched, ImageTextContrast):
     """Contrast, watched."""
 
 
+class Both(Watched, MaskedAndContrast):
+    """Both at once, watched; half of the pairs are read together."""
+
+
 def build(run: Run, out: Path, twist: Twist = PLAIN) -> Job:
     """What a recipe's ``build`` does, for records in memory."""
     torch.manual_seed(run.seed)
@@ -183,14 +187,15 @@ def build(run: Run, out: Path, twist: Twist = PLAIN) -> Job:
     load = Load(corpus=corpus, views={"image": view, "pair": view}, seed=run.seed)
     shape = {"words": WORDS, "grid": run.model.grid, "branches": 2 * run.model.depth if run.model.drop_path else 0}
     objective: Any
-    if run.objective.name == "masked":
+    if run.objective.name == "contrast":
+        objective = Contrast(model)
+        collate: Any = DualCollate(**shape)
+    else:
+        both = run.objective.name == "both"
         book = PatchCodebook(run.model.codes, run.model.patch)
         book.centroids.uniform_(generator=torch.Generator().manual_seed(0))
-        objective = Masked(model, book)
-        collate: Any = MaskedCollate(**shape)
-    else:
-        objective = Contrast(model)
-        collate = DualCollate(**shape)
+        objective = (Both if both else Masked)(model, book)
+        collate = MaskedCollate(**shape, contrast=both, joint=0.5 if both else 1.0)
     objective.init_weights()
     objective.watch(run, out, twist)
 

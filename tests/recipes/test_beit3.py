@@ -1,0 +1,101 @@
+"""The recipes a laptop can run, run: two steps each, through the loop, on embedded scenes and on a folder of
+pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multiway import config, pretrained
+from multiway.data import prepare
+from multiway.engine.train import train
+from multiway.errors import ConfigError
+from multiway.recipes import beit3, names, recipe
+from multiway.run import Run
+
+WORDS = ("red", "blue", "green", "dog", "cat", "house", "near", "under")
+
+
+def two_steps(run: Run, out: Path, *options: str) -> list[dict]:
+    """Train two steps and return the lines of the metrics."""
+    run = config.override(run, ["--schedule.steps=2", "--schedule.warmup=1", "--parallel.threads=1", *options])
+    train(run, partial(beit3.build, out=out), out)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fiftieth of the embedded scenes."""
+    monkeypatch.setattr(prepare, "SCENES", 400)
+    monkeypatch.setattr(beit3, "VALIDATION", 40)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of pictures with captions, split into train and val."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6)):
+        rows = []
+        for i in range(count):
+            name = f"{split}-{i}.png"
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(tmp_path / name)
+            captions = [" ".join(rng.permutation(WORDS)[:4]) for _ in range(2)]
+            rows.append(json.dumps({"image": name, "captions": captions}))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def test_quick_trains_and_its_tuning_starts_from_it(tmp_path: Path) -> None:
+    lines = two_steps(beit3.quick(), tmp_path / "quick")
+    assert [line["step"] for line in lines] == [1, 2]
+    terms = {"image", "pair_image", "pair_text", "text", "contrast"}
+    assert all(np.isfinite([line[term] for term in terms]).all() for line in lines)
+    final = tmp_path / "quick" / "final"
+    two_steps(beit3.quick_itc(), tmp_path / "itc", f"--init={final}", "--optim.lr=0", "--optim.weight_decay=0")
+    before, after = (pretrained.load(path).model.state_dict() for path in (final, tmp_path / "itc" / "final"))
+    assert set(before) - set(after) == {
+        f"{head}.{part}" for head in ("mlm_head", "mim_head") for part in ("weight", "bias")
+    }
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_photos_trains_on_a_folder_and_evaluates_its_val_split(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = ["--model.dim=32", "--model.heads=2", "--model.hidden=32", "--model.depth=2", "--model.image_px=32"]
+    small += ["--model.codes=8", "--model.vocab=64", "--data.vocab=64"]
+    lines = two_steps(
+        beit3.photos(), out, f"--data.root={folder}", "--data.pairs=6", "--data.images=2", "--data.texts=2", *small
+    )
+    assert len(lines) == 2
+    [figures] = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert (figures["retrieval"]["candidates"], figures["retrieval"]["captions"]) == (6, 12)
+    assert sorted(path.name for path in (out / "views").iterdir()) == ["image-0", "pair-0"]
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_said(folder: Path, tmp_path: Path) -> None:
+    run = config.override(beit3.photos(), [f"--data.root={folder}", "--data.vocab=64", "--model.vocab=16"])
+    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ ids, the model 16.*model.vocab"):
+        beit3.build(run, tmp_path / "out")
+
+
+def test_weights_of_another_width_are_refused_by_name(tmp_path: Path) -> None:
+    two_steps(beit3.quick(), tmp_path / "quick")
+    run = dataclasses.replace(beit3.quick_itc(), model=dataclasses.replace(beit3.quick_itc().model, dim=64))
+    with pytest.raises(ConfigError, match="of another shape.*vision"):
+        two_steps(run, tmp_path / "itc", f"--init={tmp_path / 'quick' / 'final'}")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in names()])
+def test_every_recipe_names_itself_and_its_batch_is_positive(name: str) -> None:
+    run, _ = recipe(name)
+    assert run.recipe == name
+    assert run.data.pairs > 0
+    assert run.schedule.warmup < run.schedule.steps
