@@ -4,7 +4,7 @@ Three arms get the same CPU seconds of one thread: contrast alone; masked data m
 both in every step. The cost of a step of each kind is measured first, in one interleaved run; steps follow from it.
 Figures are recall@1 among 1,000 held-out scenes by other writers. Last line: one JSON object.
 
-    python benchmarks/study_pretraining.py --out runs/study [--budget 60] [--seeds 3]
+    python benchmarks/study_pretraining.py [--out runs/study] [--budget 60] [--seeds 3]
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def trained(run: Run, steps: int, seed: int, out: Path, init: Path | None = None
 def main() -> None:
     """All arms, all seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--budget", type=float, default=60.0, help="CPU seconds of training per arm and seed")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()

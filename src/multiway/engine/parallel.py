@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 
 from multiway.engine.lock import die_with_parent
 from multiway.errors import DataError, MultiwayError
@@ -147,7 +149,8 @@ def spread(objective: Objective, process: Process, parallel: Parallel) -> None:
     """
     objective.to(process.device)
     encoder: Any = objective.model.encoder  # type: ignore[union-attr]
-    encoder.recompute = parallel.recompute
+    for block in encoder.blocks[: parallel.recompute]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if parallel.compile:
         for block in encoder.blocks:
             block.compile(dynamic=True)

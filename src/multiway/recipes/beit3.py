@@ -101,13 +101,13 @@ def photos() -> Run:
     return Run(
         recipe="beit3.photos",
         model=Config(
-            dim=192, depth=5, heads=3, hidden=576, image_px=112, vocab=4096, text_positions=66, codes=1024,
-            drop_path=0.1, contrast=True, init_std=0.08,
+            dim=160, depth=4, heads=5, hidden=480, image_px=96, vocab=4096, text_positions=66, codes=1024,
+            drop_path=0.05, contrast=True, init_std=0.1,
         ),
         objective=Masked(views=4, contrast=True, joint=0.25),
         data=Data(images=32, texts=32, pairs=128, vocab=4096, text_tokens=40, window=40, image_scale=0.4, jitter=0.2),
         optim=Optim(lr=1e-3, weight_decay=0.1),
-        schedule=Schedule(steps=2500, warmup=150),
+        schedule=Schedule(steps=1500, warmup=100),
         parallel=Parallel(precision="fp32"),
         checkpoint=Checkpoint(every=250),
         log=Log(evaluate=500),
