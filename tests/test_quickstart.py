@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multiway import pretrained, quickstart
+from multiway import pretrained, quickstart, recipes
 from multiway.data import builtin, prepare
 from multiway.engine.train import Trainer
 from multiway.errors import ConfigError, Preempted
@@ -232,14 +232,13 @@ def test_the_fastest_number_of_threads_is_taken(monkeypatch, cost, best, rounds)
             return SimpleNamespace(loss=self.weight * 2)
 
     monkeypatch.setattr(torch, "set_num_threads", lambda count: setattr(state, "threads", count))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(quickstart.time, "perf_counter", lambda: state.clock)
     monkeypatch.setattr(quickstart, "iterate", lambda batches, steps: iter([({}, [])]))
     job = SimpleNamespace(objective=Work(), batches=None)
-    assert quickstart.fastest(job, 8) == best
+    assert quickstart.fastest(job, 8) == (best, cost[best])
     assert state.steps == rounds
     assert weight.grad is None, "the run starts as if nothing had been tried"
-    assert quickstart.fastest(job, 1) == 1
+    assert quickstart.fastest(job, 1)[0] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -378,3 +377,21 @@ def test_the_commit_is_that_of_this_tree():
     if commit is None:
         pytest.skip("not a git checkout")
     assert len(commit) == 40 and isinstance(changed, bool)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked", "precision", "steps"),
+    [
+        ({False: 0.1, True: 0.05}, None, "bf16", quickstart.MOST_STEPS),
+        ({False: 0.1, True: 0.099}, None, "fp32", 1400),
+        ({False: 9.0, True: 9.5}, None, "fp32", 1300),
+        ({False: 0.1, True: 0.05}, 7, "bf16", 7),
+    ],
+)
+def test_precision_and_steps_follow_from_the_probe(monkeypatch, seconds, asked, precision, steps):
+    """bf16 only where it is clearly faster; as many steps as fit, never fewer than the recipe's unless asked."""
+    monkeypatch.setattr(quickstart, "fastest", lambda job, most: (1, seconds[False]))
+    monkeypatch.setattr(quickstart, "step_seconds", lambda job, learn, bf16: seconds[bf16])
+    job = SimpleNamespace(objective=SimpleNamespace(zero_grad=lambda set_to_none: None))
+    found = quickstart.probe(recipes.recipe(quickstart.RECIPE)[0], job, 2, asked)
+    assert (found.parallel.threads, found.parallel.precision, found.schedule.steps) == (1, precision, steps)

@@ -201,6 +201,8 @@ def make_plan(kinds: Mapping[str, Mapping[str, Lengths]], *, causal_text: bool =
         positions += group_positions
         samples += [s + first_sample for s in group_samples]
         first_sample += count
+    if causal_text and any(list(names)[-1] != "text" for names in kinds.values() if "text" in names):
+        raise ValueError("causal text must come last in the joint sequence, after what it sees")
     order = [s.modality for i, s in enumerate(segments) if i == 0 or segments[i - 1].modality != s.modality]
     if len(order) != len(set(order)):
         raise ValueError(f"kinds in the order {list(kinds)} scatter a modality over the rows ({order}); reorder them")

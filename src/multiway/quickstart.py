@@ -45,6 +45,12 @@ RECIPE = "beit3.quick"
 THREADS = (1, 2, 4, 8)
 """Numbers of CPU threads that are tried; more do not help so small a model."""
 
+BF16_GAIN = 0.85
+"""Share of fp32's time below which bf16 is taken."""
+
+TRAINING_SECONDS, OVERHEAD, MOST_STEPS = 160, 1.15, 2600
+"""Time the steps should fit into; what loading, the update and logs add to forward and backward; and steps at most."""
+
 ROUNDS = 3
 """Training steps timed for each of them."""
 
@@ -60,7 +66,7 @@ def run(out: Path, seed: int, steps: int | None) -> None:
     settings, module = settle(out, seed, steps)
     result = finished(out, settings)
     if result is None:
-        settings, figures = fit(settings, module, out)
+        settings, figures = fit(settings, module, out, steps)
     else:
         figures = {name: result[name] for name in ("retrieval", "zero_shot", "masked")}
         CONSOLE.print(f"{out} is complete, {result['steps']:,} steps: making its report again")
@@ -105,15 +111,14 @@ def finished(out: Path, settings: Run) -> dict[str, Any] | None:
     return result if same else None
 
 
-def fit(settings: Run, module: ModuleType, out: Path) -> tuple[Run, dict[str, Any]]:
-    """Train to the last step; the settings with the number of threads, and the figures of the evaluation."""
+def fit(settings: Run, module: ModuleType, out: Path, steps: int | None) -> tuple[Run, dict[str, Any]]:
+    """Train to the last step; the settings with what the probe found, and the figures of the evaluation."""
     most, chosen = torch.get_num_threads(), settings.parallel.threads
     torch.set_num_threads(chosen or 1)  # safe on any machine, until it is known how busy this one is
     CONSOLE.print("rendering scenes of real handwriting")
     job = module.build(settings, out)
     if chosen is None:
-        parallel = dataclasses.replace(settings.parallel, threads=fastest(job, most))
-        settings = dataclasses.replace(settings, parallel=parallel)
+        settings = probe(settings, job, most, steps)
     size = sum(x.numel() for x in job.objective.parameters())
     CONSOLE.print(f"training {RECIPE}: {size:,} parameters, {settings.schedule.steps:,} steps, in {out}")
 
@@ -125,26 +130,51 @@ def fit(settings: Run, module: ModuleType, out: Path) -> tuple[Run, dict[str, An
     return settings, train(settings, lambda _: told, out, change=("schedule.steps",))
 
 
-def fastest(job: Job, most: int) -> int:
-    """The number of CPU threads, at most ``most``, that makes a training step shortest now.
+def probe(settings: Run, job: Job, most: int, steps: int | None) -> Run:
+    """The settings with the threads, the precision and the number of steps that suit this machine now.
+
+    bf16 is taken where it is clearly faster (processors that compute in it). ``steps``: None = as many as fit into
+    TRAINING_SECONDS, between the recipe's and MOST_STEPS.
+    """
+    if torch.cuda.is_available():
+        return dataclasses.replace(settings, parallel=dataclasses.replace(settings.parallel, threads=most))
+    threads, fp32 = fastest(job, most)
+    torch.set_num_threads(threads)
+    bf16 = min(step_seconds(job, learn=True, bf16=True) for _ in range(ROUNDS))
+    precision = "bf16" if bf16 < BF16_GAIN * fp32 else "fp32"
+    job.objective.zero_grad(set_to_none=True)
+    if steps is None:
+        fit_in = int(TRAINING_SECONDS / (min(bf16, fp32) * OVERHEAD))
+        steps = min(max(fit_in // 100 * 100, settings.schedule.steps), MOST_STEPS)
+    CONSOLE.print(f"{threads} threads, {precision} ({1 / bf16:.1f} steps/s in bf16, {1 / fp32:.1f} in fp32)")
+    parallel = dataclasses.replace(settings.parallel, threads=threads, precision=precision)
+    schedule = dataclasses.replace(settings.schedule, steps=steps)
+    return dataclasses.replace(settings, parallel=parallel, schedule=schedule)
+
+
+def step_seconds(job: Job, *, learn: bool, bf16: bool = False) -> float:
+    """Seconds of the first batch's forward, and of its backward if ``learn``; weights stay as they are."""
+    batch, _ = next(iterate(job.batches, range(1)))
+    totals = {name: float(count) for name, count in job.objective.counts(batch).items()}
+    begun = time.perf_counter()
+    with torch.set_grad_enabled(learn), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = job.objective(batch, totals).loss
+    if learn:
+        loss.backward()
+    return time.perf_counter() - begun
+
+
+def fastest(job: Job, most: int) -> tuple[int, float]:
+    """The number of CPU threads, at most ``most``, that makes a training step shortest now; and its seconds.
 
     Threads wait for each other at every operation: on a machine that has other work two can be many times slower than
     one. So each number is tried on a prediction first, and dropped when that takes twice as long as with fewer.
     """
     counts = [count for count in THREADS if count <= most]
-    if torch.cuda.is_available() or len(counts) < 2:
-        return most
-    batch, _ = next(iterate(job.batches, range(1)))
-    totals = {name: float(count) for name, count in job.objective.counts(batch).items()}
 
     def seconds(count: int, *, learn: bool) -> float:
         torch.set_num_threads(count)
-        begun = time.perf_counter()
-        with torch.set_grad_enabled(learn):
-            loss = job.objective(batch, totals).loss
-        if learn:
-            loss.backward()
-        return time.perf_counter() - begun
+        return step_seconds(job, learn=learn)
 
     seconds(1, learn=True)  # warms up
     trials = {count: seconds(count, learn=False) for count in counts}
@@ -158,7 +188,7 @@ def fastest(job: Job, most: int) -> int:
     best = min(medians, key=medians.__getitem__)
     told = [f"{count}: {1 / medians[count]:.1f} steps/s" if count in medians else f"{count}: slow" for count in counts]
     CONSOLE.print(f"CPU threads, {', '.join(told)}; taking {best}")
-    return best
+    return best, medians[best]
 
 
 # --------------------------------------------------------------------------------------------------------------- result

@@ -61,7 +61,7 @@ class MaskedCollate:
     ``grid``: (rows, columns) of patches; ``image_ratio``: share of patches hidden; ``text_ratio``, ``pair_ratio``:
     share of words hidden in texts alone and in texts of pairs; ``branches``: residual branches that stochastic depth
     may drop (2 L), 0 = no draws. ``contrast``: also lay out picture and text of every pair apart, nothing hidden, to be
-    matched with each other; then only the first ``joint`` of the pairs (a share) are read together and hidden.
+    matched with each other; then a pair is read jointly and hidden with probability ``joint``.
     """
 
     words: Words
@@ -117,7 +117,7 @@ class MaskedCollate:
             apart = [(sample, False) for sample in samples["pair"]]
             layout["image"] += apart
             layout["text"] += apart
-            layout["pair"] = layout["pair"][: round(self.joint * len(apart))]
+            layout["pair"] = [(s, True) for s in samples["pair"] if s.rng.random() < self.joint]
         return {kind: entries for kind, entries in layout.items() if entries}
 
     def hide_patches(self, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -150,7 +149,7 @@ def spread(objective: Objective, process: Process, parallel: Parallel) -> None:
     objective.to(process.device)
     encoder: Any = objective.model.encoder  # type: ignore[union-attr]
     for block in encoder.blocks[: parallel.recompute]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = _recomputed(block.forward)
     if parallel.compile:
         for block in encoder.blocks:
             block.compile(dynamic=True)
@@ -192,6 +191,15 @@ def observe(objective: Objective, fn: Callable[[nn.Module], T]) -> T:
         objective.train()
         if isinstance(objective, FSDPModule):
             objective.reshard()  # after a forward its root stays gathered, for a backward that does not come here
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, run again in the backward instead of keeping its activations."""
+
+    def again(*arguments: Any) -> Tensor:
+        return checkpoint(forward, *arguments, use_reentrant=False)  # type: ignore[return-value]
+
+    return again
 
 
 def _nothing() -> None:

@@ -60,11 +60,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def attend_by_gemm(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-    """The plain twin of `attend`: two batched products around a softmax in fp32."""
+    """The plain twin of `attend`: two batched products around a softmax, which computes in fp32."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if keep is not None:
-        scores = scores.masked_fill(~keep, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        scores += torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, float("-inf"))
+    return scores.softmax(-1) @ v
 
 
 class Attention(nn.Module):

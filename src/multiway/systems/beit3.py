@@ -150,7 +150,11 @@ class Vision(nn.Module):
 
     def forward(self, image: Tensor, hide: Tensor | None) -> Tensor:
         """image: uint8 (B, 3, H, W); hide: bool (B, P), True = hidden, or None -> (B * (P + 1), D)."""
-        x = self.proj(image.float().div(127.5).sub(1))  # mean .5, deviation .5: (B, P, D)
+        expected = self.grid[0] * self.proj.kernel_size[0], self.grid[1] * self.proj.kernel_size[1]
+        if image.shape[2:] != expected:
+            raise ConfigError(f"pictures of {tuple(image.shape[2:])} pixels, expected {expected}: call set_image_size")
+        x = image.float().div(127.5).sub(1).to(self.proj.weight.dtype)  # mean .5, deviation .5
+        x = self.proj(x)  # (B, P, D)
         if hide is not None:
             x = torch.where(hide[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
@@ -167,7 +171,7 @@ class Language(nn.Module):
 
     def forward(self, ids: Tensor, position: Tensor) -> Tensor:
         """ids, position: int64 (R,) -> (R, D)."""
-        return self.words(ids) + self.positions.index_select(0, position + UNUSED_POSITIONS)
+        return self.words(ids) + F.embedding(position + UNUSED_POSITIONS, self.positions)
 
 
 class BEiT3(nn.Module):
@@ -215,11 +219,15 @@ class BEiT3(nn.Module):
 
     def encode(self, *, image: Tensor | None = None, text: Sequence[Tensor] | None = None) -> Tokens:
         """Final tokens of pictures uint8 (B, 3, H, W), of texts (int64 ids with ``<s>`` and ``</s>``), or of pairs."""
+        if image is None and text is None:
+            raise ConfigError("encode needs pictures, texts, or as many of both")
         lengths = {}
         if image is not None:
             lengths["image"] = [self.vision.grid[0] * self.vision.grid[1] + 1] * len(image)
         if text is not None:
             lengths["text"] = [len(ids) for ids in text]
+            if max(lengths["text"]) > (longest := self.config.text_positions - UNUSED_POSITIONS):
+                raise ConfigError(f"a text has {max(lengths['text'])} tokens, this model reads at most {longest}")
         kind = "pair" if len(lengths) == 2 else next(iter(lengths))
         packed = None if text is None else torch.cat(list(text))
         device = self.vision.cls_token.device
@@ -248,6 +256,8 @@ class BEiT3(nn.Module):
     def set_image_size(self, image_px: int | tuple[int, int]) -> None:
         """Read pictures of another size (pixels, or rows and columns) from now on: positions are interpolated."""
         height, width = (image_px, image_px) if isinstance(image_px, int) else image_px
+        if height % self.config.patch or width % self.config.patch:
+            raise ConfigError(f"pictures of {height}x{width} pixels are not whole patches of {self.config.patch}")
         grid = height // self.config.patch, width // self.config.patch
         table = resize_positions(self.vision.positions.data, self.vision.grid, grid, extra=UNUSED_POSITIONS + 1)
         self.vision.positions = nn.Parameter(table)
