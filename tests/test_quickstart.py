@@ -19,11 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from multiway import pretrained, quickstart, recipes
+from multiway import evaluation, pretrained, quickstart, recipes
 from multiway.data import builtin, prepare
 from multiway.engine.train import Trainer
 from multiway.errors import ConfigError, Preempted
-from multiway.recipes import beit3
 from multiway.report import chart, examples, page
 from multiway.search.query import search
 from multiway.search.store import Store
@@ -76,7 +75,7 @@ def small():
     """Fewer scenes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "SCENES", SCENES)
-        patch.setattr(beit3, "VALIDATION", HELD_OUT)
+        patch.setattr(evaluation, "HELD_OUT", HELD_OUT)
         yield patch
 
 
@@ -140,7 +139,7 @@ def test_result_says_what_the_evaluation_said(story, shown):
 
 def test_the_promised_number_of_candidates():
     """What the issue and the documentation say; the tests take fewer."""
-    assert "\nVALIDATION = 1000\n" in Path(beit3.__file__).read_text()
+    assert "\nHELD_OUT = 1000\n" in Path(evaluation.__file__).read_text()
 
 
 def test_shown_figures_are_those_of_the_evaluation(story, shown):

@@ -1,8 +1,8 @@
-"""Evaluating any model folder on any data: what ``multiway evaluate`` calls."""
+"""Measuring a model on scenes and on any data: what recipes report and what ``multiway evaluate`` calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +12,19 @@ import torch
 
 from multiway import pretrained
 from multiway.data import builtin
+from multiway.data.collate import Sample, Samples
 from multiway.data.index import Index, build
+from multiway.data.order import generator
+from multiway.data.prepare import Source
 from multiway.errors import DataError
+from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Pretrained
-from multiway.tasks import retrieval, zero_shot
+from multiway.tasks import fill, retrieval, zero_shot
 from multiway.tasks.needs import check
+from multiway.types import Batch
 
-SCENES = 1000
-"""Embedded held-out scenes an evaluation without data uses."""
+HELD_OUT = 1000
+"""Embedded held-out scenes, and pictures of a validation split, that are measured on at most."""
 
 
 def evaluate_model(
@@ -37,47 +42,67 @@ def evaluate_model(
     model = pretrained.load(folder if folder.is_dir() else source)
     needs = {"retrieval": retrieval.ImageTextContrast.needs, "zero_shot": zero_shot.NEEDS}[task]
     check(model.model, needs, task)
-    if task == "retrieval":
-        return _retrieval(model, data, split)
-    return _zero_shot(model, data, split, prompts or ("{}",))
-
-
-def _retrieval(model: Pretrained, data: str | None, split: str | None) -> dict[str, Any]:
     if data is None:
-        scenes = builtin.retrieval_scenes(SCENES)
-        captions = [captions[0] for captions in scenes.captions]
-        return retrieval.evaluate(model.encode_image, model.encode_text, torch.from_numpy(scenes.images), captions)
-    images, captions, owner = [], [], []
+        return retrieval_of_scenes(model) if task == "retrieval" else zero_shot_of_scenes(model)
     with indexed(model, data, split) as index:
-        for source in index.sources:
-            for record in range(len(source)) if source.kind == "pair" else ():
-                strings = source.strings(record)
-                owner += [len(images)] * len(strings)
-                captions += strings
-                images.append(model.picture(source.image(record, model.preprocessor.image_px)))
+        if task == "retrieval":
+            return retrieval_of(model, index.sources)
+        return zero_shot_of(model, index, prompts or ("{}",))
+
+
+def retrieval_of_scenes(model: Pretrained, seed: int = 0) -> dict[str, Any]:
+    """Retrieval among 1,000 scenes by writers the training never saw, with 1,000 different captions."""
+    scenes = builtin.retrieval_scenes(HELD_OUT, seed)
+    captions = [captions[0] for captions in scenes.captions]
+    return retrieval.evaluate(model.encode_image, model.encode_text, torch.from_numpy(scenes.images), captions)
+
+
+def zero_shot_of_scenes(model: Pretrained, seed: int = 0) -> dict[str, Any]:
+    """Naming the digit of held-out scenes that hold one."""
+    scenes, digits = builtin.one_digit_scenes(HELD_OUT, seed)
+    images, prompts = torch.from_numpy(scenes.images), builtin.digit_prompts()
+    return dict(zero_shot.evaluate(model.encode_image, model.encode_text, images, digits, prompts))
+
+
+def filling_of_scenes(
+    model: Pretrained, tokenizer: PatchCodebook, collate: Callable[[Samples], Batch], seed: int = 0
+) -> dict[str, Any]:
+    """Filling in held-out scenes and their captions; of the patches those that show handwriting count."""
+    scenes = builtin.retrieval_scenes(HELD_OUT, seed)
+    assert model.tokenizer is not None, "captions need a tokenizer"
+    ids = model.tokenizer.batch([captions[0] for captions in scenes.captions])
+    pairs = [
+        Sample(image=torch.from_numpy(image), text=text, record=i, rng=generator(seed, "fill", i))
+        for i, (image, text) in enumerate(zip(scenes.images, ids, strict=True))
+    ]
+    return fill.evaluate(model.model, tokenizer, pairs, collate, builtin.ink_patches(scenes, tokenizer.patch))
+
+
+def retrieval_of(model: Pretrained, sources: Iterable[Source], most: int | None = None) -> dict[str, Any]:
+    """Retrieval among the pictures of pairs, with all their captions; ``most``: how many of each source, None = all."""
+    images, captions, owner = [], [], []
+    for source in sources:
+        for record in range(min(len(source), most or len(source))) if source.kind == "pair" else ():
+            strings = source.strings(record)
+            owner += [len(images)] * len(strings)
+            captions += strings
+            images.append(model.picture(source.image(record, model.preprocessor.image_px)))
     if not images:
-        raise DataError(f"{data} has no picture with a caption: retrieval needs pairs")
+        raise DataError("no picture has a caption: retrieval needs pairs")
     return retrieval.evaluate(model.encode_image, model.encode_text, torch.stack(images), captions, owner)
 
 
-def _zero_shot(model: Pretrained, data: str | None, split: str | None, prompts: Sequence[str]) -> dict[str, Any]:
-    if data is None:
-        scenes, digits = builtin.one_digit_scenes(SCENES)
-        pictures = torch.from_numpy(scenes.images)
-        return dict(
-            zero_shot.evaluate(model.encode_image, model.encode_text, pictures, digits, builtin.digit_prompts())
-        )
+def zero_shot_of(model: Pretrained, index: Index, prompts: Sequence[str]) -> dict[str, Any]:
+    """Naming the class of pictures, which is the name of their folder; ``prompts``: templates with ``{}``."""
     images, labels = [], []
-    with indexed(model, data, split) as index:
-        for source in index.sources:
-            for record in range(len(source)) if source.kind != "text" else ():
-                if (label := source.label(record)) is not None:
-                    images.append(model.picture(source.image(record, model.preprocessor.image_px)))
-                    labels.append(label)
-        classes = index.labels
+    for source in index.sources:
+        for record in range(len(source)) if source.kind != "text" else ():
+            if (label := source.label(record)) is not None:
+                images.append(model.picture(source.image(record, model.preprocessor.image_px)))
+                labels.append(label)
     if not images:
-        raise DataError(f"{data} has no picture with a class (its folder's name): zero_shot needs labels")
-    texts = [[prompt.replace("{}", name.replace("_", " ")) for prompt in prompts] for name in classes]
+        raise DataError("no picture lies in a folder named after its class: zero_shot needs labels")
+    texts = [[prompt.replace("{}", name.replace("_", " ")) for prompt in prompts] for name in index.labels]
     return dict(zero_shot.evaluate(model.encode_image, model.encode_text, torch.stack(images), labels, texts))
 
 

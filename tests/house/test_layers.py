@@ -17,8 +17,8 @@ CONTRACTS = {"errors", "types", "plan", "run", "config"}
 PARTS = {"nn", "data", "metrics", "weights"}
 BUILT = {"backbones", "objectives"}
 SYSTEMS = {"systems", "tasks", "engine"}
-USES = {"recipes", "search", "pretrained"}
-OUTSIDE = {"cli", "serve", "quickstart", "report", "evaluation"}
+USES = {"recipes", "search", "pretrained", "evaluation"}
+OUTSIDE = {"cli", "serve", "quickstart", "report"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(CONTRACTS, CONTRACTS),
@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"errors", "types", "plan", "nn"},
     "objectives": {"errors"},
     **dict.fromkeys(SYSTEMS, CONTRACTS | PARTS | BUILT),
-    **dict.fromkeys(USES, CONTRACTS | PARTS | BUILT | SYSTEMS | {"pretrained"}),
+    **dict.fromkeys(USES, CONTRACTS | PARTS | BUILT | SYSTEMS | {"pretrained", "evaluation"}),
     **dict.fromkeys(OUTSIDE, CONTRACTS | PARTS | BUILT | SYSTEMS | USES | {"report"}),
     "cli": CONTRACTS | PARTS | BUILT | SYSTEMS | USES | OUTSIDE,
     "__main__": {"cli"},

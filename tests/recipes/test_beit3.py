@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multiway import config, pretrained
+from multiway import config, evaluation, pretrained
 from multiway.data import prepare
 from multiway.engine.train import train
 from multiway.errors import ConfigError
@@ -35,7 +35,7 @@ def two_steps(run: Run, out: Path, *options: str) -> list[dict]:
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fiftieth of the embedded scenes."""
     monkeypatch.setattr(prepare, "SCENES", 400)
-    monkeypatch.setattr(beit3, "VALIDATION", 40)
+    monkeypatch.setattr(evaluation, "HELD_OUT", 40)
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ class MaskedCollate:
             apart = [(sample, False) for sample in samples["pair"]]
             layout["image"] += apart
             layout["text"] += apart
-            layout["pair"] = [(s, True) for s in samples["pair"] if s.rng.random() < self.joint]
+            drawn = [(s, True) for s in samples["pair"] if s.rng.random() < self.joint]
+            layout["pair"] = drawn or [(samples["pair"][0], True)]  # every process holds every kind
         return {kind: entries for kind, entries in layout.items() if entries}
 
     def hide_patches(self, rng: np.random.Generator) -> np.ndarray:

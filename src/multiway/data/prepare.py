@@ -21,7 +21,7 @@ from multiway.data.order import generator
 from multiway.data.sources import discover
 from multiway.data.text import TextTokenizer
 from multiway.data.views import StoredViews
-from multiway.errors import ConfigError
+from multiway.errors import ConfigError, MissingInputError
 from multiway.run import Data
 
 KINDS = ("image", "pair", "text")
@@ -156,20 +156,24 @@ def open_corpus(data: Data, folder: Path, split: str | None = None) -> Corpus:
     )
 
 
-def default_split(root: Path) -> str | None:
-    """``train`` where a root has several splits, None where it has one or none."""
-    try:
-        discover(root)
-    except ConfigError:
-        return "train"
-    return None
+def splits(root: str | Path) -> list[str]:
+    """Which of the splits ``train`` and ``val`` a root of raw data has."""
+    found = []
+    for name in ("train", "val"):
+        try:
+            discover(root, name)
+        except MissingInputError:
+            continue
+        found.append(name)
+    return found
 
 
 def _index(root: Path, split: str | None, folder: Path, tokenizer: TextTokenizer | None, data: Data) -> Index:
     """Open a root that is an index, or the index of it below ``folder``, or make that one."""
     if (root / "manifest.json").is_file():
         return Index.open(root)
-    split = split or default_split(root)
+    if split is None and len(splits(root)) > 1:
+        split = "train"
     own = (
         folder
         / f"{root.name or 'data'}-{split or 'all'}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"

@@ -185,7 +185,7 @@ def observe(objective: Objective, fn: Callable[[nn.Module], T]) -> T:
 
     objective.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # nothing is compiled for it alone
             return objective.apply_model(gathered)
     finally:
         objective.train()

@@ -19,27 +19,21 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from multiway import pretrained
-from multiway.data import builtin
-from multiway.data.collate import DualCollate, MaskedCollate, Sample
+from multiway import evaluation, pretrained
+from multiway.data.collate import DualCollate, MaskedCollate
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
-from multiway.data.order import generator
-from multiway.data.prepare import Corpus, Load, fit_patch_codebook, open_corpus, scene_corpus
-from multiway.data.sources import discover
+from multiway.data.prepare import Corpus, Load, fit_patch_codebook, open_corpus, scene_corpus, splits
 from multiway.data.views import StoredViews, store_views, views_hash
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
-from multiway.errors import ConfigError, MissingInputError
+from multiway.errors import ConfigError
 from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Preprocessor, Pretrained
 from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
 from multiway.systems.beit3 import PRESETS, BEiT3, Config, MaskedAndContrast, MaskedDataModeling
-from multiway.tasks import fill, retrieval, zero_shot
+from multiway.tasks import retrieval
 from multiway.types import Objective
-
-VALIDATION = 1000
-"""Held-out scenes or pictures an evaluation uses at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,9 +332,18 @@ def build(run: Run, out: Path) -> Job:
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
         ready = Pretrained(model, corpus.tokenizer, preprocessor)
+        figures: dict[str, Any] = {}
         if run.data.root is None:
-            return evaluate_scenes(ready, codebook, run)
-        return evaluate_pairs(ready, run, out)
+            if run.model.contrast:
+                figures["retrieval"] = evaluation.retrieval_of_scenes(ready, run.seed)
+                figures["zero_shot"] = evaluation.zero_shot_of_scenes(ready, run.seed)
+            if codebook is not None:
+                hiding = dataclasses.replace(collate, branches=0, contrast=False)
+                figures["masked"] = evaluation.filling_of_scenes(ready, codebook, hiding, run.seed)
+        elif run.model.contrast and "val" in splits(run.data.root):
+            val = open_corpus(dataclasses.replace(run.data, more={}, tokenizer=None), out / "index", split="val")
+            figures["retrieval"] = evaluation.retrieval_of(ready, val.sources["pair"], evaluation.HELD_OUT)
+        return figures
 
     return Job(objective=objective, batches=batches, data_hash=data_hash, export=export, evaluate=evaluate)
 
@@ -411,61 +414,3 @@ def make_views(
                 )  # fmt: skip
             stored[kind].append(made[key])
     return stored
-
-
-# --------------------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate_scenes(ready: Pretrained, codebook: PatchCodebook | None, run: Run) -> dict[str, Any]:
-    """Held-out scenes by other writers: retrieval among 1,000, naming the digit of one-digit scenes, filling in."""
-    figures: dict[str, Any] = {}
-    scenes = builtin.retrieval_scenes(VALIDATION, run.seed)
-    captions = [captions[0] for captions in scenes.captions]
-    if run.model.contrast:
-        images = torch.from_numpy(scenes.images)
-        figures["retrieval"] = retrieval.evaluate(ready.encode_image, ready.encode_text, images, captions)
-        single, digits = builtin.one_digit_scenes(VALIDATION, run.seed)
-        pictures = torch.from_numpy(single.images)
-        prompts = builtin.digit_prompts()
-        figures["zero_shot"] = zero_shot.evaluate(ready.encode_image, ready.encode_text, pictures, digits, prompts)
-    if codebook is not None:
-        assert ready.tokenizer is not None
-        ids = ready.tokenizer.batch(captions)
-        pairs = [
-            Sample(image=torch.from_numpy(image), text=text, record=i, rng=generator(run.seed, "fill", i))
-            for i, (image, text) in enumerate(zip(scenes.images, ids, strict=True))
-        ]
-        words = Corpus(sources={}, weights={}, tokenizer=ready.tokenizer, hash="").words(run.data)
-        collate = MaskedCollate(
-            words=words, grid=run.model.grid, image_ratio=run.objective.image_ratio,
-            pair_ratio=run.objective.pair_ratio,
-        )  # fmt: skip
-        figures["masked"] = fill.evaluate(
-            ready.model, codebook, pairs, collate, builtin.ink_patches(scenes, run.model.patch)
-        )
-    return figures
-
-
-def evaluate_pairs(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:
-    """Retrieval on the ``val`` split of ``data.root``, all captions of at most 1,000 pictures; nothing without one."""
-    if not run.model.contrast or not has_validation(run.data):
-        return {}
-    data = dataclasses.replace(run.data, more={}, tokenizer=None, window=run.data.window)
-    corpus = open_corpus(data, out / "index", split="val")
-    images, captions, owner = [], [], []
-    for source in corpus.sources["pair"]:
-        for record in range(min(len(source), VALIDATION - len(images))):
-            owner += [len(images)] * len(source.strings(record))
-            captions += source.strings(record)
-            images.append(View(px=run.model.image_px)(source.image(record, run.model.image_px)))
-    return {
-        "retrieval": retrieval.evaluate(ready.encode_image, ready.encode_text, torch.stack(images), captions, owner)
-    }
-
-
-def has_validation(data: Data) -> bool:
-    """Whether the root has a ``val`` split."""
-    try:
-        return bool(discover(data.root or "", "val"))
-    except MissingInputError:
-        return False
