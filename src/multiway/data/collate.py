@@ -105,7 +105,7 @@ class MaskedCollate:
             batch["text_hidden"] = torch.from_numpy(np.concatenate(hidden))
             batch["text_target"] = torch.from_numpy(np.concatenate(targets))
         if self.contrast:
-            count, pairs = len(samples["pair"]), len(layout["pair"])
+            count, pairs = len(samples["pair"]), len(layout.get("pair", ()))
             batch["image_match"] = torch.arange(count) + len(samples.get("image", ()))
             batch["text_match"] = torch.arange(count) + pairs + len(samples.get("text", ()))
         return batch
@@ -117,8 +117,7 @@ class MaskedCollate:
             apart = [(sample, False) for sample in samples["pair"]]
             layout["image"] += apart
             layout["text"] += apart
-            drawn = [(s, True) for s in samples["pair"] if s.rng.random() < self.joint]
-            layout["pair"] = drawn or [(samples["pair"][0], True)]  # every process holds every kind
+            layout["pair"] = [(s, True) for s in samples["pair"] if s.rng.random() < self.joint]
         return {kind: entries for kind, entries in layout.items() if entries}
 
     def hide_patches(self, rng: np.random.Generator) -> np.ndarray:

@@ -149,7 +149,7 @@ def spread(objective: Objective, process: Process, parallel: Parallel) -> None:
     objective.to(process.device)
     encoder: Any = objective.model.encoder  # type: ignore[union-attr]
     for block in encoder.blocks[: parallel.recompute]:
-        block.forward = _recomputed(block.forward)
+        recompute(block)
     if parallel.compile:
         for block in encoder.blocks:
             block.compile(dynamic=True)
@@ -164,6 +164,16 @@ def spread(objective: Objective, process: Process, parallel: Parallel) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     register_fsdp_forward_method(objective, "apply_model")
+
+
+def recompute(block: nn.Module) -> None:
+    """Have a block run again in the backward instead of keeping its activations; compiled, it does so in its graph."""
+    forward = block.forward
+
+    def again(*arguments: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False)
+
+    block.forward = again
 
 
 def synchronise_gradients(objective: nn.Module, last: bool) -> None:
@@ -191,15 +201,6 @@ def observe(objective: Objective, fn: Callable[[nn.Module], T]) -> T:
         objective.train()
         if isinstance(objective, FSDPModule):
             objective.reshard()  # after a forward its root stays gathered, for a backward that does not come here
-
-
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function, run again in the backward instead of keeping its activations."""
-
-    def again(*arguments: Any) -> Tensor:
-        return checkpoint(forward, *arguments, use_reentrant=False)  # type: ignore[return-value]
-
-    return again
 
 
 def _nothing() -> None:

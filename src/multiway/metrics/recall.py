@@ -75,4 +75,4 @@ def _drawn(wrong: np.ndarray, right: np.ndarray, draws: np.ndarray) -> np.ndarra
 
 
 def _named(values: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    return {f"r{k}": round(float(value), 9) for k, value in zip(ks, values, strict=True)}
+    return {f"r{k}": round(float(value), 12) for k, value in zip(ks, values, strict=True)}

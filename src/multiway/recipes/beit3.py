@@ -61,12 +61,13 @@ class Contrast:
 
 
 def quick() -> Run:
-    """Masked data modelling and contrast on the embedded scenes: two CPU cores, three minutes. `make quickstart`
+    """Masked data modelling and contrast on the embedded scenes: two CPU cores, three minutes; `make quickstart`
     runs it.
 
     Command: ``multiway train beit3.quick --out runs/quick``. Data: handwritten digits in generated scenes, made on the
-    spot, or ``--data.root`` any folder of pictures with captions. Sizes and rates are ours, found by prototypes:
-    narrow, few layers, wide initial weights, because in three minutes the number of steps decides.
+    spot; or ``--data.root DIR``, any folder of pictures with captions. Sizes and rates are ours, found by prototypes:
+    narrow, few layers, wide initial weights, because in three minutes the number of steps decides. Result: see the
+    README's table, which names the commit.
     """
     return Run(
         recipe="beit3.quick",
@@ -89,8 +90,8 @@ def quick() -> Run:
 def photos() -> Run:
     """Masked data modelling and contrast on a folder of your pictures with captions: two CPU cores, under an hour.
 
-    Command: ``multiway train beit3.photos --data.root DIR --out runs/photos``. Sizes and rates are ours. Not yet run
-    by us.
+    Command: ``multiway train beit3.photos --data.root DIR --out runs/photos``. Sizes and rates are ours. Result: with
+    ``--steps 500`` see the README's table, which names the commit; the full 1,500 steps are not yet run by us.
     """
     return Run(
         recipe="beit3.photos",
@@ -109,10 +110,10 @@ def photos() -> Run:
 
 
 def small() -> Run:
-    """Masked data modelling for one GPU and hours. Not yet run by us.
+    """Masked data modelling for one GPU and hours.
 
-    Command: ``multiway train beit3.small --data.root DIR --out runs/small``. The batch is a sixteenth of the paper's
-    and the rate its square-root share (masked.md 7.2, choice 24); the schedule is ours.
+    Command: ``multiway train beit3.small --data.root DIR --out runs/small``. Not yet run by us. The batch is a
+    sixteenth of the paper's and the rate its square-root share (masked.md 7.2, choice 24); the schedule is ours.
     """
     return Run(
         recipe="beit3.small",
@@ -125,10 +126,10 @@ def small() -> Run:
 
 
 def base() -> Run:
-    """The paper's pre-training at the released base size (decoupled). Hardware: 8 or more GPUs. Not yet run by us.
+    """The paper's pre-training at the released base size (decoupled): 8 or more GPUs.
 
-    Command: ``torchrun --nproc-per-node 8 -m multiway train beit3.base --data.root DIR --out runs/base``.
-    Source: masked.md 7.1; precision, crops and text lengths from 7.2.
+    Command: ``torchrun --nproc-per-node 8 -m multiway train beit3.base --data.root DIR --out runs/base``. Not yet
+    run by us. Source: masked.md 7.1; precision, crops and text lengths from 7.2.
     """
     return Run(
         recipe="beit3.base",
@@ -140,9 +141,10 @@ def base() -> Run:
 
 
 def large() -> Run:
-    """The paper's pre-training at the released large size (decoupled). Hardware: 32 or more GPUs. Not yet run by us.
+    """The paper's pre-training at the released large size (decoupled): 32 or more GPUs.
 
-    Command: ``torchrun ... -m multiway train beit3.large --data.root DIR --out runs/large``. Source: as base.
+    Command: ``torchrun ... -m multiway train beit3.large --data.root DIR --out runs/large``. Not yet run by us.
+    Source: as base.
     """
     parallel = Parallel(micro=8, recompute=24)
     return dataclasses.replace(
@@ -151,9 +153,9 @@ def large() -> Run:
 
 
 def giant() -> Run:
-    """The paper's giant: shared attention, vision-language experts in the top 3 layers. Not yet run by us.
+    """The paper's giant, with shared attention and vision-language experts in the top 3 layers: 64 or more GPUs.
 
-    Command: ``torchrun ... -m multiway train beit3.giant --data.root DIR --out runs/giant``. Hardware: 64 or more GPUs.
+    Command: ``torchrun ... -m multiway train beit3.giant --data.root DIR --out runs/giant``. Not yet run by us.
     Source: masked.md 6.1, 7.1.
     """
     parallel = Parallel(micro=8, recompute=40)
@@ -201,15 +203,20 @@ def _retrieval(run: Run, lr: float, decay: float, drop_path: float, pairs: int =
 
 
 def quick_itc() -> Run:
-    """Contrastive tuning of a quick model: ``--init DIR/final``. Two CPU cores, minutes. Not yet run by us."""
+    """Contrastive tuning of a quick model: two CPU cores, minutes.
+
+    Command: ``multiway train beit3.quick_itc --init DIR/final --out runs/quick_itc``. Not yet run by us.
+    """
     run = _itc(quick(), decay=1.0, pairs=128, steps=600, warmup=60)
     model = dataclasses.replace(run.model, drop_path=0.0)
     return dataclasses.replace(run, model=model, optim=Optim(lr=2e-3), schedule=Schedule(steps=600, warmup=60))
 
 
 def quick_retrieval() -> Run:
-    """Retrieval fine-tuning of a quick model on your own pairs: ``--init DIR/final --data.root DIR``. Not yet run by
-    us.
+    """Retrieval fine-tuning of a quick model on your own pairs: two CPU cores, minutes.
+
+    Command: ``multiway train beit3.quick_retrieval --data.root DIR --init DIR/final --out runs/quick_retrieval``.
+    Not yet run by us.
     """
     run = quick_itc()
     data = dataclasses.replace(run.data, pair_scale=0.5)
@@ -217,46 +224,73 @@ def quick_retrieval() -> Run:
 
 
 def small_itc() -> Run:
-    """Contrastive tuning of a small model: ``--init DIR/final``. One GPU. Not yet run by us."""
+    """Contrastive tuning of a small model: one GPU.
+
+    Command: ``multiway train beit3.small_itc --data.root DIR --init DIR/final --out runs/small_itc``. Not yet run by
+    us.
+    """
     return _itc(small(), decay=0.95, pairs=1024, steps=20_000, warmup=1_000)
 
 
 def base_itc() -> Run:
-    """Contrastive tuning of a base model: ``--init DIR/final``; 5 epochs of 21 M pairs, 1 of warm-up. Not yet run by
-    us.
+    """Contrastive tuning of a base model, 5 epochs of 21 M pairs, 1 of warm-up: GPUs.
+
+    Command: ``multiway train beit3.base_itc --data.root DIR --init DIR/final --out runs/base_itc``. Not yet run by us.
     """
     return _itc(base(), decay=0.95, pairs=16384, steps=6_400, warmup=1_280)
 
 
 def large_itc() -> Run:
-    """Contrastive tuning of a large model: ``--init DIR/final``. Not yet run by us."""
+    """Contrastive tuning of a large model: GPUs.
+
+    Command: ``multiway train beit3.large_itc --data.root DIR --init DIR/final --out runs/large_itc``. Not yet run by
+    us.
+    """
     return _itc(large(), decay=0.95, pairs=16384, steps=6_400, warmup=1_280)
 
 
 def giant_itc() -> Run:
-    """Contrastive tuning of a giant model, every figure the paper's: ``--init DIR/final``. Not yet run by us."""
+    """Contrastive tuning of a giant model, every figure the paper's: GPUs.
+
+    Command: ``multiway train beit3.giant_itc --data.root DIR --init DIR/final --out runs/giant_itc``. Not yet run by
+    us.
+    """
     return _itc(giant(), decay=0.95, pairs=16384, steps=6_400, warmup=1_280)
 
 
 def small_retrieval() -> Run:
-    """Retrieval fine-tuning of a small model: ``--init DIR/final``; base's settings, a smaller batch. Not yet run by
-    us.
+    """Retrieval fine-tuning of a small model with base's settings, a smaller batch: one GPU.
+
+    Command: ``multiway train beit3.small_retrieval --data.root DIR --init DIR/final --out runs/small_retrieval``.
+    Not yet run by us.
     """
     return _retrieval(small(), lr=2e-4, decay=0.65, drop_path=0.2, pairs=768)
 
 
 def base_retrieval() -> Run:
-    """Retrieval fine-tuning of a base model on COCO: ``--init DIR/final`` of an ``_itc`` model. Not yet run by us."""
+    """Retrieval fine-tuning of a base ``_itc`` model on COCO: GPUs.
+
+    Command: ``multiway train beit3.base_retrieval --data.root DIR --init DIR/final --out runs/base_retrieval``. Not
+    yet run by us.
+    """
     return _retrieval(base(), lr=2e-4, decay=0.65, drop_path=0.2)
 
 
 def large_retrieval() -> Run:
-    """Retrieval fine-tuning of a large model on COCO: ``--init DIR/final`` of an ``_itc`` model. Not yet run by us."""
+    """Retrieval fine-tuning of a large ``_itc`` model on COCO: GPUs.
+
+    Command: ``multiway train beit3.large_retrieval --data.root DIR --init DIR/final --out runs/large_retrieval``.
+    Not yet run by us.
+    """
     return _retrieval(large(), lr=5e-5, decay=0.85, drop_path=0.2)
 
 
 def giant_retrieval() -> Run:
-    """Retrieval fine-tuning of a giant model on COCO; the paper reads 420 px, here 378. Not yet run by us."""
+    """Retrieval fine-tuning of a giant model on COCO; the paper reads 420 px, here 378: GPUs.
+
+    Command: ``multiway train beit3.giant_retrieval --data.root DIR --init DIR/final --out runs/giant_retrieval``.
+    Not yet run by us.
+    """
     return _retrieval(giant(), lr=1e-5, decay=0.95, drop_path=0.3)
 
 

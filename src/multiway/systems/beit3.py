@@ -193,7 +193,7 @@ class BEiT3(nn.Module):
         if config.contrast:
             self.vision_head = nn.Linear(config.dim, config.dim, bias=False)
             self.language_head = nn.Linear(config.dim, config.dim, bias=False)
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+            self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     def forward(
         self,
@@ -250,7 +250,7 @@ class BEiT3(nn.Module):
         return self.mlm_head(tokens.rows(hidden + tokens.plan.extent("text")[0]))
 
     def temperature(self) -> Tensor:
-        """Factor on cosines, learned, at most 100."""
+        """Factor on cosines, learned, at most 100: (1,)."""
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
     def set_image_size(self, image_px: int | tuple[int, int]) -> None:
@@ -404,6 +404,7 @@ _OURS, _THEIRS = "encoder.blocks.{layer}.", "beit3.encoder.layers.{layer}."
 
 WEIGHTS = WeightMap(
     words={"expert": {"image": "A", "text": "B"}},
+    numbers=("logit_scale",),
     rules=(
         ("vision.proj.{part}", "beit3.vision_embed.proj.{part}"),
         ("vision.{token}_token", "beit3.vision_embed.{token}_token"),

@@ -21,11 +21,13 @@ class WeightMap:
 
     ``rules``: (our key, their key, ...); a ``{field}`` stands for one part between dots and is the same on both sides;
     several of their keys are equal slices of our tensor along dimension 0, in order. ``words``: for a field whose
-    values differ, our word -> theirs.
+    values differ, our word -> theirs. ``numbers``: our keys that have one row where theirs is a single number (which
+    could not be sharded).
     """
 
     rules: Sequence[tuple[str, ...]]
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    numbers: Sequence[str] = ()
 
     def names(self, key: str) -> list[str]:
         """Their names for our ``key``, one per slice; empty when no rule knows it."""
@@ -57,6 +59,7 @@ def to_theirs(state: Mapping[str, Tensor], weights: WeightMap) -> dict[str, Tens
         if not names or (len(names) > 1 and (value.ndim == 0 or len(value) % len(names))):
             unknown.append(f"{key} {_shape(value)}")
             continue
+        value = value.reshape(()) if key in weights.numbers else value
         parts = [value] if len(names) == 1 else [part.clone() for part in value.chunk(len(names))]
         assert result.keys().isdisjoint(names), f"two rules lead to one of {names}"
         result.update(zip(names, parts, strict=True))
@@ -87,7 +90,7 @@ def to_ours(state: Mapping[str, Tensor], weights: WeightMap, like: Mapping[str, 
     result = {}
     for key in like:
         parts = [state[name] for name in weights.names(key)]
-        result[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result[key] = parts[0].reshape(like[key].shape) if len(parts) == 1 else torch.cat(parts)
     return result
 
 
