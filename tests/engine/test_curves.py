@@ -102,7 +102,7 @@ def test_in_fp32_only_rounding_differs(
     assert within_fp32(curve(tmp_path / "run", world, **parallel), plain, floor)
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {}), (2, {"micro": 2, "recompute": 1, "compile": True})])
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {}), (2, {"recompute": 2, "compile": True})])
 def test_in_bf16_the_curve_is_near(world: int, parallel: dict[str, Any], plain: Tensor, tmp_path: Path) -> None:
     assert within_bf16(curve(tmp_path / "run", world, precision="bf16", **parallel), plain)
 
