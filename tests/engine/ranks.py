@@ -124,6 +124,7 @@ def _child(
     work: Callable[..., None], arguments: tuple[Any, ...], options: dict[str, Any], own: dict[str, str], log: Path
 ) -> None:
     os.environ.update(own)
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a process of its own
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
