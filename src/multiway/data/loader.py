@@ -347,7 +347,7 @@ def _hangs(workers: Sequence[BaseProcess], number: int, dataset: _MicroBatches, 
 
 
 def _start_worker(worker: int) -> None:
-    """Leave signals to the whole group to the main process, which finishes its step and saves; then we are told to end."""
+    """Leave signals to the main process, which finishes its step and saves, then tells us to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
