@@ -47,35 +47,35 @@ def steps_saved(out: Path) -> list[int]:
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigterm_saves_the_step_and_the_same_command_ends_as_if_never_stopped(times: int, tmp_path: Path) -> None:
-    run = tiny(300, checkpoint=Checkpoint(every=1000))
+    run = tiny(40, checkpoint=Checkpoint(every=1000))
     assert outcome(1, run, tmp_path / "whole", log=tmp_path / "log") == [0]
     rng = random.Random(kill_seed())
     for i in range(times):
         out, log = tmp_path / str(i), tmp_path / f"log-{i}"
-        with Ranks(1, run_tiny, run, out, log=log) as ranks:
-            wait_for(out / "metrics.jsonl", ranks, rng.randint(1, 30))
+        with Ranks(1, run_tiny, run, out, Twist(slow=0.004), log=log) as ranks:
+            wait_for(out / "metrics.jsonl", ranks, rng.randint(1, 25))
             ranks.send(rng.choice([signal.SIGTERM, signal.SIGINT]))
             assert ranks.wait() == [75]
         step = len(rows(out / "metrics.jsonl"))
-        assert steps_saved(out) == [step] and step < 300
+        assert steps_saved(out) == [step] and step < 40
         assert f"stopped by a signal after step {step}; the same command continues" in ranks.said
         assert outcome(1, run, out, log=log) == [0]
         assert left(out) == left(tmp_path / "whole")
 
 
-def run_in_group(run: Run, out: Path) -> None:
+def run_in_group(run: Run, out: Path, twist: Twist) -> None:
     """In a process group of its own, which its loader workers will belong to."""
     os.setpgid(0, 0)
-    run_tiny(run, out)
+    run_tiny(run, out, twist)
 
 
 def test_a_signal_to_loader_workers_too_does_not_keep_the_run_from_saving(tmp_path: Path) -> None:
-    """Ctrl-C and schedulers signal whole groups. Nor do the workers change anything."""
-    run, log = tiny(300, checkpoint=Checkpoint(every=1000), log=Log()), tmp_path / "log"
+    """Ctrl-C and schedulers signal whole groups, mostly while a run waits for slow workers. They change nothing."""
+    run, log = tiny(40, checkpoint=Checkpoint(every=1000), log=Log()), tmp_path / "log"
     assert outcome(1, run, tmp_path / "whole", log=log) == [0]
     out, loading = tmp_path / "run", dataclasses.replace(run, data=dataclasses.replace(run.data, workers=2))
     for number, lines in ((signal.SIGTERM, 3), (signal.SIGINT, 9)):
-        with Ranks(1, run_in_group, loading, out, log=log) as ranks:
+        with Ranks(1, run_in_group, loading, out, Twist(slow=0.01), log=log) as ranks:
             wait_for(out / "metrics.jsonl", ranks, lines)
             os.killpg(ranks.processes[0].pid or 0, number)
             assert ranks.wait() == [75], ranks.said

@@ -49,13 +49,15 @@ class Twist:
 
     ``at``: step (from 1) -> what happens in its forward, on all ranks or on ``rank`` alone: ``loss`` or ``gradient``
     becomes infinite, ``term`` sends us SIGTERM, ``pause`` sleeps until killed. ``bad``: records of pictures alone that
-    cannot be read; ``note``: write to ``samples-RANK.jsonl`` which samples each micro-batch held; ``data_hash``;
-    ``own_counts``: divide every micro-batch by its own counts, as if it were a whole step (the usual mistake).
+    cannot be read; ``slow``: seconds it takes to read any picture; ``note``: write to ``samples-RANK.jsonl`` which
+    samples each micro-batch held; ``data_hash``; ``own_counts``: divide every micro-batch by its own counts, as if it
+    were a whole step (the usual mistake).
     """
 
     at: Mapping[int, str] = field(default_factory=dict)
     rank: int | None = None
     bad: frozenset[int] = frozenset()
+    slow: float = 0.0
     note: bool = False
     data_hash: str = "data"
     own_counts: bool = False
@@ -94,9 +96,10 @@ class Records:
 
     blocks = None
 
-    def __init__(self, kind: str, bad: frozenset[int] = frozenset()) -> None:
+    def __init__(self, kind: str, twist: Twist = PLAIN) -> None:
         rng = np.random.default_rng(len(kind))
-        self.kind, self.bad = kind, bad
+        self.kind, self.slow = kind, twist.slow
+        self.bad = twist.bad if kind == "image" else ()
         coarse = torch.from_numpy(rng.integers(0, 256, (SIZES[kind], 3, 4, 4), dtype=np.uint8))
         self.images = F.interpolate(coarse.float(), size=(40, 36), mode="bilinear").round().to(torch.uint8)
         self.ids = [rng.integers(WORDS.first, WORDS.stop, rng.integers(3, 11)) for _ in range(SIZES[kind])]
@@ -108,6 +111,7 @@ class Records:
         return f"{self.kind}s/{record:03d}.png"
 
     def image(self, record: int, px: int | None = None) -> Tensor:
+        time.sleep(self.slow)
         if record in self.bad:
             raise RecordError(f"{self.key(record)}: truncated picture", reason="truncated")
         return self.images[record]
@@ -180,7 +184,7 @@ def build(run: Run, out: Path, twist: Twist = PLAIN) -> Job:
     torch.manual_seed(run.seed)
     model = BEiT3(run.model)
     items = {"image": run.data.images, "pair": run.data.pairs, "text": run.data.texts}
-    sources = {kind: [Records(kind, twist.bad if kind == "image" else frozenset())] for kind in SIZES}
+    sources = {kind: [Records(kind, twist)] for kind in SIZES}
     streams = [Stream(kind=kind, sources=sources[kind], items=items[kind], seed=run.seed) for kind in SIZES]
     view = View(px=run.model.image_px, scale=(0.4, 1.0), flip=0.5, jitter=0.4)
     corpus = Corpus(sources=sources, weights=dict.fromkeys(SIZES), tokenizer=None, hash="")  # type: ignore[arg-type]
