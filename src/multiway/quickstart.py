@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ from multiway.report.examples import Examples, collect
 from multiway.run import Run
 from multiway.search.embed import embed
 from multiway.search.store import MANIFEST, read_manifest
+from multiway.types import Batch
 from multiway.weights.io import write
 
 RECIPE = "beit3.quick"
@@ -48,11 +49,11 @@ THREADS = (1, 2, 4, 8)
 BF16_GAIN = 0.85
 """Share of fp32's time below which bf16 is taken."""
 
-TRAINING_SECONDS, OVERHEAD, MOST_STEPS = 160, 1.15, 2600
+TRAINING_SECONDS, OVERHEAD, MOST_STEPS = 160, 1.3, 1500
 """Time the steps should fit into; what loading, the update and logs add to forward and backward; and steps at most."""
 
-ROUNDS = 3
-"""Training steps timed for each of them."""
+ROUNDS = 4
+"""Training steps timed for each of them, every one on another batch: kernels are prepared anew for other lengths."""
 
 QUERY = "a red three above a blue seven"
 
@@ -138,9 +139,10 @@ def probe(settings: Run, job: Job, most: int, steps: int | None) -> Run:
     """
     if torch.cuda.is_available():
         return dataclasses.replace(settings, parallel=dataclasses.replace(settings.parallel, threads=most))
-    threads, fp32 = fastest(job, most)
+    drawn = (batch for batch, _ in iterate(job.batches, range(settings.schedule.steps)))
+    threads, fp32 = fastest(job, drawn, most)
     torch.set_num_threads(threads)
-    bf16 = min(step_seconds(job, learn=True, bf16=True) for _ in range(ROUNDS))
+    bf16 = statistics.median(step_seconds(job, next(drawn), learn=True, bf16=True) for _ in range(ROUNDS))
     precision = "bf16" if bf16 < BF16_GAIN * fp32 else "fp32"
     job.objective.zero_grad(set_to_none=True)
     if steps is None:
@@ -152,9 +154,8 @@ def probe(settings: Run, job: Job, most: int, steps: int | None) -> Run:
     return dataclasses.replace(settings, parallel=parallel, schedule=schedule)
 
 
-def step_seconds(job: Job, *, learn: bool, bf16: bool = False) -> float:
-    """Seconds of the first batch's forward, and of its backward if ``learn``; weights stay as they are."""
-    batch, _ = next(iterate(job.batches, range(1)))
+def step_seconds(job: Job, batch: Batch, *, learn: bool, bf16: bool = False) -> float:
+    """Seconds of a batch's forward, and of its backward if ``learn``; weights stay as they are."""
     totals = {name: float(count) for name, count in job.objective.counts(batch).items()}
     begun = time.perf_counter()
     with torch.set_grad_enabled(learn), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -164,7 +165,7 @@ def step_seconds(job: Job, *, learn: bool, bf16: bool = False) -> float:
     return time.perf_counter() - begun
 
 
-def fastest(job: Job, most: int) -> tuple[int, float]:
+def fastest(job: Job, drawn: Iterator[Batch], most: int) -> tuple[int, float]:
     """The number of CPU threads, at most ``most``, that makes a training step shortest now; and its seconds.
 
     Threads wait for each other at every operation: on a machine that has other work two can be many times slower than
@@ -174,13 +175,13 @@ def fastest(job: Job, most: int) -> tuple[int, float]:
 
     def seconds(count: int, *, learn: bool) -> float:
         torch.set_num_threads(count)
-        return step_seconds(job, learn=learn)
+        return step_seconds(job, next(drawn), learn=learn)
 
     seconds(1, learn=True)  # warms up
     trials = {count: seconds(count, learn=False) for count in counts}
     tried = [count for count in counts if trials[count] < 2 * trials[1]]
-    steps = {count: [seconds(count, learn=True)] for count in tried}
-    for _ in range(ROUNDS - 1):
+    steps: dict[int, list[float]] = {count: [] for count in tried}
+    for _ in range(ROUNDS):
         for count in tried:
             steps[count].append(seconds(count, learn=True))
     job.objective.zero_grad(set_to_none=True)

@@ -41,10 +41,12 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW. ``layer_decay``: factor on the learning rate per layer from the top; ``clip``: greatest gradient norm,
-    0 = none; ``ema``: decay of the averaged weights, 0 = none kept."""
+    """AdamW; ``matrices``: what updates the matrices of blocks, at the same rate. ``layer_decay``: factor on the rate
+    per layer from the top; ``clip``: greatest gradient norm, 0 = none; ``ema``: decay of the averaged weights, 0 =
+    none kept."""
 
     lr: float = 1e-3
+    matrices: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.05
@@ -90,10 +92,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """``evaluate``: evaluate every so many steps, 0 = at the end only; ``tensorboard``: also write event files."""
+    """``evaluate``: evaluate every so many steps, 0 = at the end only; ``tensorboard``: also write event files, where
+    tensorboard is installed."""
 
     evaluate: int = 0
-    tensorboard: bool = False
+    tensorboard: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,16 +101,12 @@ def test_event_files_hold_the_numbers_of_a_row(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
 
 
-def test_without_tensorboard_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+def test_without_tensorboard_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     board = TensorBoard(tmp_path / "events", 0)
     board.write({"step": 1, "loss": 1.0})
     board.close()
-    assert "tensorboard is not installed" in capsys.readouterr().err
     assert not (tmp_path / "events").exists()
     silent = TensorBoard(None, 0)
     silent.write({"step": 1})
     silent.close()
-    assert capsys.readouterr().err == ""

@@ -16,6 +16,8 @@ from PIL import Image
 
 from multiway import config, evaluation, pretrained
 from multiway.data import prepare
+from multiway.data.index import build as build_index
+from multiway.data.indexed import Index
 from multiway.engine.train import train
 from multiway.errors import ConfigError
 from multiway.recipes import beit3, names, recipe
@@ -77,7 +79,38 @@ def test_photos_trains_on_a_folder_and_evaluates_its_val_split(folder: Path, tmp
     assert len(lines) == 2
     [figures] = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     assert (figures["retrieval"]["candidates"], figures["retrieval"]["captions"]) == (6, 12)
-    assert sorted(path.name for path in (out / "views").iterdir()) == ["image-0", "pair-0"]
+    assert len(list(out.glob("index/*/views/*/*/code.npy"))) == 2  # beside the data: crops of pictures and of pairs
+
+
+def test_visual_tokens_lie_beside_the_data_and_serve_other_runs(folder: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    build_index(folder, index, split="train", vocab=64)
+    small = [f"--data.root={index}", "--model.codes=8", "--model.vocab=64", "--objective.views=2", "--data.pairs=8"]
+
+    def codes(out: str, *settings: str) -> dict[Path, bytes]:
+        run = config.override(beit3.photos(), [*small, *settings])
+        job = beit3.build(run, tmp_path / out)
+        assert not (tmp_path / out / "views").exists() and len(job.data_hash) > 64
+        return {path: path.read_bytes() for path in index.glob("views/*/*/code.npy")}
+
+    first = codes("a")
+    times = {path: path.stat().st_mtime_ns for path in first}
+    assert codes("b") == first and {path: path.stat().st_mtime_ns for path in first} == times
+    other = codes("c", "--seed=1")  # other crops, another codebook
+    assert set(first) < set(other) and len(other) == 2 * len(first)
+    assert Index.open(index).hash  # still a whole index
+
+
+def test_without_room_beside_the_data_visual_tokens_lie_below_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "index"
+    build_index(folder, index, split="train", vocab=64)
+    monkeypatch.setattr("multiway.data.prepare.os.access", lambda path, mode: path != index)
+    run = config.override(beit3.photos(), [f"--data.root={index}", "--model.codes=8", "--model.vocab=64"])
+    beit3.build(run, tmp_path / "out")
+    assert not (index / "views").exists()
+    assert len(list((tmp_path / "out" / "views").glob("*/*/code.npy"))) == 2
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_said(folder: Path, tmp_path: Path) -> None:

@@ -70,6 +70,11 @@ class Source:
         return _reopen, (self._index.folder, self._index.roots, self._number)
 
     @property
+    def home(self) -> Path:
+        """Where things made from this source are kept with it: ``views/HASH-NUMBER`` in the index."""
+        return self._index.folder / "views" / f"{self._index.hash[:12]}-{self._number}"
+
+    @property
     def _stream(self) -> int:
         """Number of ids of all documents, without the last ``</s>``."""
         return len(self._columns["token"]) - 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from multiway.data.index import Source as Indexed
 from multiway.data.order import generator
 from multiway.data.sources import discover
 from multiway.data.text import TextTokenizer
-from multiway.data.views import StoredViews
+from multiway.data.views import StoredViews, store_views, views_hash
 from multiway.errors import ConfigError, MissingInputError
 from multiway.run import Data
 
@@ -42,6 +44,7 @@ class Scenes:
 
     kind = "pair"
     blocks = None
+    home: Path | None = None
 
     def __init__(self, scenes: builtin.SceneSet, tokenizer: TextTokenizer) -> None:
         self.images = torch.from_numpy(scenes.images)
@@ -218,6 +221,40 @@ class Load:
             return view(origin.image(record, view.source_px), rng), None
         image, code = stored.draw(origin.image(record), record, view.px, rng)
         return (colour_jitter(image, view.jitter, rng) if view.jitter else image), code
+
+
+def stored_views(
+    corpus: Corpus,
+    tokenizer: Callable[[Tensor], Tensor],
+    identity: str,
+    views: Mapping[str, View],
+    *,
+    each: int,
+    seed: int,
+    out: Path,
+    track: Callable[[Iterable[Any]], Iterable[Any]],
+) -> tuple[dict[str, list[StoredViews | None]], str]:
+    """``each`` stored views of every picture by kind and source, and a hash of them all; made where they are missing.
+
+    They are kept in the index, where every run with the same views, seed and image tokenizer finds them; those of
+    embedded scenes, or of an index that cannot be written, below ``out``. ``identity``: names the image tokenizer.
+    Kinds that show pictures alike share them.
+    """
+    stored: dict[str, list[StoredViews | None]] = {"image": [], "pair": []}
+    hashes = []
+    for kind, found in stored.items():
+        view = dataclasses.replace(views[kind], jitter=0.0)
+        name = hashlib.sha256(f"{identity} {view} {each} {seed}".encode()).hexdigest()[:16]
+        for number, source in enumerate(corpus.sources[kind]):
+            home = source.home or out / "views" / str(number)
+            if source.home and not os.access(home.parents[1], os.W_OK):
+                home = out / "views" / hashlib.sha256(str(home).encode()).hexdigest()[:8]
+            folder = home / name
+            found.append(
+                store_views(folder, source.image, len(source), tokenizer, view, views=each, seed=seed, track=track)
+            )
+            hashes.append(views_hash(folder))
+    return stored, "".join(hashes)
 
 
 def fit_patch_codebook(sources: Sequence[Source], codes: int, patch: int, view: View, seed: int) -> np.ndarray:

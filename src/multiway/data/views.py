@@ -69,7 +69,7 @@ def store_views(
 
     ``images``: record -> uint8 (3, H, W); ``tokenizer``: uint8 (B, 3, px, px) -> int64 (B, P); ``view``: how views are
     drawn (colour jitter is left to training: codes are those of the true colours); ``track``: wraps the iteration to
-    show progress. A folder that is already there is opened as it is.
+    show progress. A folder that is already there is opened as it is, also one that another run made meanwhile.
     """
     if folder.is_dir():
         return StoredViews.open(folder)
@@ -102,7 +102,12 @@ def store_views(
             columns[name][first : first + len(rows)] = rows
     for column in columns.values():
         column.flush()  # type: ignore[attr-defined]
-    temporary.replace(folder)
+    try:
+        temporary.replace(folder)
+    except OSError:  # another run was faster
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(temporary)
     return StoredViews.open(folder)
 
 

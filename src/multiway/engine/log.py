@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -106,11 +107,10 @@ class TensorBoard:
         self.writer = None
         if folder is None:
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            CONSOLE.print('no event files: tensorboard is not installed (pip install "multiway[track]")')
+        if importlib.util.find_spec("tensorboard") is None:
             return
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:

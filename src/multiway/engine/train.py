@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from multiway import config
 from multiway.data.loader import Batches, Fault, FaultWindow, iterate
@@ -31,11 +30,12 @@ from multiway.engine.lock import RunLock
 from multiway.engine.log import CONSOLE, Lines, Meter, TensorBoard
 from multiway.engine.optim import (
     Average,
-    build_optimizer,
+    build_optimizers,
     optimizer_steps,
     optimizer_tensors,
     restore_steps,
     set_rate,
+    whole,
 )
 from multiway.engine.parallel import Process, observe, spread, start, synchronise_gradients
 from multiway.engine.schedule import learning_rate
@@ -124,7 +124,7 @@ class Trainer:
         self.run, self.job, self.out, self.process, self.signals = run, job, out, process, signals
         self.objective = job.objective
         spread(self.objective, process, run.parallel)
-        self.optimizer = build_optimizer(self.objective, run.optim)
+        self.optimizers = build_optimizers(self.objective, run.optim, run.parallel.precision)
         self.average = Average(self.objective, run.optim.ema)
         self.across = process.across()
         self.items = sum(stream.items for stream in job.batches.streams)
@@ -196,13 +196,14 @@ class Trainer:
         terms = dict(zip(sums, totals, strict=True))
         loss = terms.pop("loss")
         lr = learning_rate(self.run.schedule, self.run.optim.lr, self.done)
-        set_rate(self.optimizer, lr)
+        set_rate(self.optimizers, lr)
         applied = bad == 0 and math.isfinite(loss)
         if applied:
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             objective.after_step(self.done)
             self.average.update(objective)
-        self.optimizer.zero_grad(set_to_none=True)
+        objective.zero_grad(set_to_none=True)
         self.done += 1
         self.skipped = 0 if applied else self.skipped + 1
         means = {name: x / max(1.0, counts[name.split("/")[0]]) for name, x in terms.items()}
@@ -248,7 +249,7 @@ class Trainer:
         """Everything a checkpoint stores, by group and name; live tensors."""
         groups = {
             "model": dict(self.objective.state_dict()),
-            "optim": optimizer_tensors(self.objective, self.optimizer),
+            "optim": optimizer_tensors(self.objective, self.optimizers),
         }
         if self.run.optim.ema:
             groups["ema"] = self.average.tensors
@@ -260,7 +261,7 @@ class Trainer:
             "step": self.done,
             "run": config.plain(self.run),
             "data_hash": self.job.data_hash,
-            "optim_steps": optimizer_steps(self.objective, self.optimizer),
+            "optim_steps": optimizer_steps(self.objective, self.optimizers),
             "skipped": self.skipped,
             "bad_records": dict(self.window.counts),
             "environment": environment(self.process),
@@ -278,7 +279,7 @@ class Trainer:
             if not resume:
                 raise ResumeError(f"{self.out} already holds step {found.step}; take another --out, or --resume auto")
             self.check_same(found.state, change)
-            restore_steps(self.objective, self.optimizer, found.state["optim_steps"])
+            restore_steps(self.objective, self.optimizers, found.state["optim_steps"])
             for group, tensors in self.tensors().items():
                 found.load(group, tensors)
             self.done, self.skipped = found.step, found.state["skipped"]
@@ -345,11 +346,6 @@ def environment(process: Process) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "processes": process.world,
     }
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its rows, gathered if it is sharded; every rank must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _free(name: str) -> bool:

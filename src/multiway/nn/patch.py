@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from multiway.nn.linear import linear
 
 
 def patchify(image: Tensor, patch: int) -> Tensor:
@@ -29,4 +30,4 @@ class PatchEmbed(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """input: float (B, C, H, W) -> (B, P, D), P row-major."""
         patches = patchify(input, self.kernel_size[0])
-        return torch.nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+        return linear(patches, self.weight.flatten(1), self.bias)

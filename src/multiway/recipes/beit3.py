@@ -9,8 +9,10 @@ stands where the paper has BEiT-2's VQ-KD tokenizer.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,16 @@ from multiway import evaluation, pretrained
 from multiway.data.collate import DualCollate, MaskedCollate
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
-from multiway.data.prepare import Corpus, Load, fit_patch_codebook, open_corpus, scene_corpus, splits
-from multiway.data.views import StoredViews, store_views, views_hash
+from multiway.data.prepare import (
+    Corpus,
+    Load,
+    fit_patch_codebook,
+    open_corpus,
+    scene_corpus,
+    splits,
+    stored_views,
+)
+from multiway.data.views import StoredViews
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
 from multiway.errors import ConfigError
@@ -80,8 +90,8 @@ def quick() -> Run:
             images=8, texts=8, pairs=96, vocab=512, text_tokens=64, window=64,
             image_scale=1.0, pair_scale=1.0, flip=False, jitter=0.0,
         ),
-        optim=Optim(lr=2e-3),
-        schedule=Schedule(steps=1300, warmup=100, final_lr=2e-5),
+        optim=Optim(lr=2e-3, matrices="muon"),
+        schedule=Schedule(steps=1000, warmup=100, final_lr=2e-5),
         parallel=Parallel(precision="fp32"),
         checkpoint=Checkpoint(every=500),
     )  # fmt: skip
@@ -334,8 +344,12 @@ def build(run: Run, out: Path) -> Job:
     if isinstance(run.objective, Masked):
         codebook = make_codebook(run, corpus, views["image"], out)
         if run.objective.views:
-            stored = make_views(run, corpus, codebook, views, out)
-            data_hash += "".join(views_hash(path) for path in sorted((out / "views").iterdir()))
+            identity = hashlib.sha256(codebook.centroids.numpy().tobytes()).hexdigest()
+            stored, views_hash = stored_views(
+                corpus, codebook, identity, views, each=run.objective.views, seed=run.seed, out=out,
+                track=partial(track, description="visual tokens", console=CONSOLE),
+            )  # fmt: skip
+            data_hash += views_hash
         settings = run.objective
         collate: Any = MaskedCollate(
             words=words, grid=run.model.grid, branches=branches, contrast=settings.contrast, joint=settings.joint,
@@ -428,23 +442,3 @@ def make_codebook(run: Run, corpus: Corpus, view: View, out: Path) -> PatchCodeb
     save_file(dict(book.state_dict()), path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
     return book
-
-
-def make_views(
-    run: Run, corpus: Corpus, book: PatchCodebook, views: Mapping[str, View], out: Path
-) -> dict[str, list[StoredViews | None]]:
-    """Stored views of every picture of every source, by kind; kinds that show pictures alike share them."""
-    made: dict[tuple[int, View], StoredViews] = {}
-    stored: dict[str, list[StoredViews | None]] = {}
-    for kind in ("image", "pair"):
-        stored[kind] = []
-        for number, source in enumerate(corpus.sources[kind]):
-            key = (id(source), views[kind])
-            if key not in made:
-                made[key] = store_views(
-                    out / "views" / f"{kind}-{number}", source.image, len(source), book, views[kind],
-                    views=run.objective.views, seed=run.seed, track=lambda x: track(x, "visual tokens",
-                    console=CONSOLE),
-                )  # fmt: skip
-            stored[kind].append(made[key])
-    return stored

@@ -31,6 +31,7 @@ from multiway.errors import ConfigError
 from multiway.nn.attention import Attention
 from multiway.nn.block import Block
 from multiway.nn.ffn import FeedForward, NormLinear
+from multiway.nn.linear import Linear
 from multiway.nn.multiway import Multiway
 from multiway.nn.patch import PatchEmbed
 from multiway.nn.position import resize_positions
@@ -121,11 +122,11 @@ def build_encoder(config: Config) -> MultiwayTransformer:
         return nn.LayerNorm(width, eps=NORM_EPS)
 
     def project(out: int) -> Multiway:
-        return Multiway(lambda: NormLinear(norm(), nn.Linear(dim, out)), own)
+        return Multiway(lambda: NormLinear(norm(), Linear(dim, out)), own)
 
     def ffn(experts: Sequence[str]) -> Multiway:
         return Multiway(
-            lambda: FeedForward(norm(), nn.Linear(dim, hidden), norm(hidden), nn.Linear(hidden, dim)), experts
+            lambda: FeedForward(norm(), Linear(dim, hidden), norm(hidden), Linear(hidden, dim)), experts
         )
 
     blocks = []
@@ -188,11 +189,11 @@ class BEiT3(nn.Module):
         self.language = Language(config)
         self.encoder = build_encoder(config)
         if config.masked:
-            self.mlm_head = nn.Linear(config.dim, config.vocab)
-            self.mim_head = nn.Linear(config.dim, config.codes)
+            self.mlm_head = Linear(config.dim, config.vocab)
+            self.mim_head = Linear(config.dim, config.codes)
         if config.contrast:
-            self.vision_head = nn.Linear(config.dim, config.dim, bias=False)
-            self.language_head = nn.Linear(config.dim, config.dim, bias=False)
+            self.vision_head = Linear(config.dim, config.dim, bias=False)
+            self.language_head = Linear(config.dim, config.dim, bias=False)
             self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     def forward(
