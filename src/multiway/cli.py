@@ -63,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--change", default="", help="settings that may differ from the run being resumed, comma-separated"
     )
+    own.add_argument(
+        "--profile", action="store_true", help="record a few steps: a trace, and a page of where their time goes"
+    )
 
     own = command("evaluate", evaluate, "measure a model on a task")
     own.add_argument("model", help="a model folder, a run folder, or a hub id")
@@ -152,8 +155,14 @@ def train(given: argparse.Namespace) -> None:
     run = config.override(run, [*given.settings, *extra])
     from multiway.engine.train import train as loop
 
+    page = None
+    if given.profile:
+        from multiway.report.profile import write as page
     change = tuple(name for name in given.change.split(",") if name)
-    figures = loop(run, partial(module.build, out=given.out), given.out, resume=given.resume == "auto", change=change)
+    figures = loop(
+        run, partial(module.build, out=given.out), given.out, resume=given.resume == "auto", change=change,
+        profile=page,
+    )  # fmt: skip
     if figures:
         print(json.dumps(figures))
 

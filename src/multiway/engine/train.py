@@ -38,6 +38,7 @@ from multiway.engine.optim import (
     whole,
 )
 from multiway.engine.parallel import Process, observe, spread, start, synchronise_gradients
+from multiway.engine.profile import Page, Profile
 from multiway.engine.schedule import learning_rate
 from multiway.errors import ConfigError, NumericsError, Preempted, ResumeError
 from multiway.run import Run
@@ -89,14 +90,21 @@ class Signals:
 
 
 def train(
-    run: Run, build: Callable[[Run], Job], out: Path, *, resume: bool = True, change: tuple[str, ...] = ()
+    run: Run,
+    build: Callable[[Run], Job],
+    out: Path,
+    *,
+    resume: bool = True,
+    change: tuple[str, ...] = (),
+    profile: Page | None = None,
 ) -> dict[str, Any]:
     """Train a run to its last step in ``out``, from its newest checkpoint if there is one; return the last evaluation.
 
     ``build``: called by the first process before the others. ``resume``: False refuses a folder that has checkpoints.
     ``change``: dotted names of settings that may differ from those the run was started with, ``data`` for the data's
-    content. Raises ResumeError (78), LockedError (77), CheckpointError (74), NumericsError (76), DataError (65),
-    WriteError (73), and Preempted (75) after a signal, with a checkpoint saved.
+    content. ``profile``: record a few steps in ``out/profile``, and have this write the page; nothing else changes.
+    Raises ResumeError (78), LockedError (77), CheckpointError (74), NumericsError (76), DataError (65), WriteError
+    (73), and Preempted (75) after a signal, with a checkpoint saved.
     """
     process = start(run.parallel.threads)
     try:
@@ -107,7 +115,7 @@ def train(
                     held.enter_context(RunLock(out))
                 return build(run)
 
-            return Trainer(run, process.in_turn(prepare), out, process, signals).run_all(resume, change)
+            return Trainer(run, process.in_turn(prepare), out, process, signals).run_all(resume, change, profile)
     finally:
         process.stop()
 
@@ -136,7 +144,7 @@ class Trainer:
         self.quarantine = Lines(out / "quarantine" / f"rank-{process.rank}.jsonl")
         self.skips = Lines(out / "quarantine" / "skipped-steps.jsonl")
 
-    def run_all(self, resume: bool, change: tuple[str, ...]) -> dict[str, Any]:
+    def run_all(self, resume: bool, change: tuple[str, ...], page: Page | None = None) -> dict[str, Any]:
         """Resume, run every step left, evaluate and export."""
         run, process = self.run, self.process
         self.restore(resume, change)
@@ -152,13 +160,15 @@ class Trainer:
         first = process.rank == 0
         meter = Meter(run.schedule.steps, self.done, shown=first)
         board = TensorBoard(self.out / "tensorboard" if run.log.tensorboard and first else None, self.done)
+        profile = Profile(self.out / "profile", page, run, process, self.done)
         self.objective.train()
-        with closing(loaded), closing(meter), closing(board):  # type: ignore[type-var]
+        with closing(loaded), closing(meter), closing(board), closing(profile):  # type: ignore[type-var]
             self.signals.looping = True
             while self.done < run.schedule.steps:
                 if run.log.evaluate and self.done and self.done % run.log.evaluate == 0:
                     self.evaluate()
-                row, stop = self.step(loaded)
+                with profile.step():
+                    row, stop = self.step(loaded)
                 if first:
                     self.metrics.write([row])
                     board.write(row)

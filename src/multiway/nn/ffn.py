@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multiway.nn.linear import lean
+
 
 class NormLinear(nn.Module):
     """LayerNorm, then a linear map: ``linear(norm(x))``; pass ``nn.Identity()`` as ``norm`` for none."""
@@ -16,7 +18,7 @@ class NormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, D) -> (R, D')."""
-        return self.linear(self.norm(x))
+        return lean(self.norm, self.norm.parameters(), self.linear, x)
 
 
 class FeedForward(nn.Module):
@@ -34,4 +36,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, D) -> (R, D)."""
-        return self.fc2(self.inner(F.gelu(self.fc1(self.norm(x)))))
+        hidden = lean(self.norm, self.norm.parameters(), self.fc1, x)
+        return lean(self.activate, self.inner.parameters(), self.fc2, hidden)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """What lies between the two linear maps: (R, hidden) -> (R, hidden)."""
+        return self.inner(F.gelu(hidden))

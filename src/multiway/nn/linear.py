@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,57 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., I) -> (..., O)."""
         return linear(input, self.weight, self.bias)
+
+
+class LeanLinear(torch.autograd.Function):
+    """``linear(before(x))`` that keeps ``x`` alone for the backward, where the cheap ``before`` runs again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, before: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *of: Tensor
+    ) -> Tensor:
+        """``of``: parameters of ``before``, so that they get gradients."""
+        kind = x.device.type
+        ctx.before, ctx.of = before, of
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.cast = {"device_type": kind, "dtype": dtype, "enabled": enabled}
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        seen = before(x)
+        if enabled:
+            seen, weight = seen.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return linear(seen, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of what needs one."""
+        x, weight = ctx.saved_tensors
+        _, of_x, of_weight, of_bias, *rest = ctx.needs_input_grad
+        with torch.enable_grad(), torch.autocast(**ctx.cast):
+            x = x.detach().requires_grad_(of_x)
+            seen = ctx.before(x)
+        rows = grad.reshape(-1, grad.shape[-1])
+        wanted = [y for y, need in zip((x, *ctx.of), (of_x, *rest), strict=True) if need]
+        found = iter(())
+        if wanted:
+            found = iter(torch.autograd.grad(seen, wanted, linear(grad, weight.t()).to(seen.dtype)))
+        flat = seen.detach().reshape(-1, seen.shape[-1]).to(rows.dtype)
+        return (
+            None,
+            next(found) if of_x else None,
+            linear(rows.t(), flat.t()).to(ctx.dtypes[0]) if of_weight else None,
+            rows.sum(0).to(ctx.dtypes[1]) if of_bias else None,
+            *(next(found) if need else None for need in rest),
+        )
+
+
+def lean(before: Callable[[Tensor], Tensor], of: Iterable[Tensor], to: nn.Linear, x: Tensor) -> Tensor:
+    """``to(before(x))``; with gradients only x is kept, and ``before`` (norm, activation: cheap) is computed again.
+
+    ``of``: the parameters of ``before``. Half of a block's activations are results of norms and of GELU.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return to(before(x))
+    return LeanLinear.apply(before, x, to.weight, to.bias, *of)  # type: ignore[return-value]
