@@ -12,7 +12,7 @@ JOBS ?= 2
 # Originals we compare with; --no-deps because they ask for torchvision, which the comparisons replace by a stub.
 PEERS := torchscale timm einops
 
-.PHONY: help setup quickstart check format test test-slow docs lines bench clean
+.PHONY: help setup quickstart check format test test-slow docs lines bench bench-full study clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,8 +45,14 @@ docs: $(VENV)/.stamp-dev  ## build the documentation into site/
 lines: $(VENV)/.stamp-dev  ## count lines against the guides for size
 	@$(PY) -m tests.house.sizes
 
-bench: $(VENV)/.stamp-dev  ## run every benchmark; each prints one JSON line last
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script; done
+bench: $(VENV)/.stamp-bench  ## speed beside the originals, with floors and goals; under 15 minutes on two cores
+	$(PY) benchmarks/table.py --quick
+
+bench-full: $(VENV)/.stamp-bench  ## the same with every row at full size
+	$(PY) benchmarks/table.py --full
+
+study: $(VENV)/.stamp-dev  ## what masked pre-training does for contrast at equal compute
+	$(PY) benchmarks/study_pretraining.py
 
 clean:  ## remove what was built; runs/ and .venv stay
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
@@ -88,3 +94,7 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt
 	$(INSTALL) --editable ".[quickstart,dev]"
 	$(INSTALL) --no-deps $(PEERS)
 	@touch $(VENV)/.stamp-quickstart $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	$(INSTALL) transformers
+	@touch $@

@@ -69,6 +69,20 @@ def test_quick_trains_and_its_tuning_starts_from_it(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
+def test_contrast_reads_as_many_patches_as_asked(tmp_path: Path) -> None:
+    run = config.override(beit3.quick_itc(), ["--objective.keep=0.5", "--data.pairs=6"])
+    batches = beit3.build(run, tmp_path).batches
+    batch, _ = batches.batch(0)
+    keep = batch["image_keep"]
+    assert keep.shape == (6, 8) and batch["plan"].part("image", "image") == 6 * 9
+    assert (keep.diff(dim=1) > 0).all() and keep.min() >= 0 and keep.max() < 16
+    assert len({tuple(row) for row in keep.tolist()}) == 6  # each picture its own
+    assert torch.equal(batches.batch(0)[0]["image_keep"], keep)
+    assert "image_keep" not in beit3.build(beit3.quick_itc(), tmp_path).batches.batch(0)[0]
+    [first, second] = two_steps(run, tmp_path / "out")
+    assert np.isfinite([first["contrast"], second["contrast"]]).all()
+
+
 def test_photos_trains_on_a_folder_and_evaluates_its_val_split(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     small = ["--model.dim=32", "--model.heads=2", "--model.hidden=32", "--model.depth=2", "--model.image_px=32"]

@@ -283,3 +283,24 @@ def test_layers_for_learning_rates() -> None:
     heads = {"mlm_head.weight", "mlm_head.bias", "mim_head.weight", "mim_head.bias", "logit_scale"}
     norms = {f"encoder.norm.experts.{m}.{part}" for m in ("image", "text") for part in ("weight", "bias")}
     assert rest == heads | norms | {"vision_head.weight", "language_head.weight"}
+
+
+def test_patches_that_are_not_kept_are_not_read() -> None:
+    """The rest keep their own positions; what was left out changes nothing, what was kept does."""
+    model, side = randomize(BEiT3(DECOUPLED)), DECOUPLED.patch
+    image = torch.randint(0, 256, (2, 3, IMAGE_PX, IMAGE_PX), dtype=torch.uint8)
+    every = make_plan({"image": {"image": [PATCHES + 1] * 2}})
+    some = make_plan({"image": {"image": [3] * 2}})
+    keep = torch.tensor([[0, PATCHES - 1], [1, 2]])
+    with torch.no_grad():
+        rows = model.vision(image, None).view(2, PATCHES + 1, -1)
+        kept = model.vision(image, None, keep).view(2, 3, -1)
+        whole = model(every, image=image, keep=torch.arange(PATCHES).expand(2, -1)).values
+        before = model(some, image=image, keep=keep).values
+        torch.testing.assert_close(whole, model(every, image=image).values)
+        for i in range(2):
+            assert torch.equal(kept[i], rows[i, [0, *(keep[i] + 1).tolist()]])
+        image[0, :, :side, side : 2 * side] ^= 255  # patch 1 of the first picture
+        assert torch.equal(model(some, image=image, keep=keep).values, before)
+        image[0, :, :side, :side] ^= 255  # its patch 0
+        assert not torch.equal(model(some, image=image, keep=keep).values[:3], before[:3])

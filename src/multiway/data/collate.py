@@ -135,21 +135,27 @@ class MaskedCollate:
 class DualCollate:
     """Batches for contrast: picture and text of each pair apart, as image-only and text-only, nothing hidden.
 
-    The i-th picture belongs to the i-th text. ``branches`` as in `MaskedCollate`.
+    The i-th picture belongs to the i-th text. ``branches`` as in `MaskedCollate`; ``keep``: share of the patches of
+    each picture that are read, drawn anew every time (FLIP, arXiv 2212.00794).
     """
 
     words: Words
     grid: tuple[int, int]
     branches: int = 0
+    keep: float = 1.0
 
     def __call__(self, samples: Samples) -> Batch:
         """Lay out the pairs as two kinds of samples."""
         pairs = samples["pair"]
         texts = [self.words.framed(_text(sample), "pair") for sample in pairs]
         apart = {"image": pairs, "text": pairs}
-        length = self.grid[0] * self.grid[1] + 1
-        lengths = {"image": {"image": [length] * len(pairs)}, "text": {"text": [len(t) for t in texts]}}
+        patches = self.grid[0] * self.grid[1]
+        kept = max(1, round(self.keep * patches))
+        lengths = {"image": {"image": [kept + 1] * len(pairs)}, "text": {"text": [len(t) for t in texts]}}
         batch = {"plan": make_plan(lengths), **_common(apart, self.branches)}
+        if kept < patches:
+            drawn = np.stack([sample.rng.permutation(patches)[:kept] for sample in pairs])
+            batch["image_keep"] = torch.from_numpy(np.sort(drawn, axis=1))
         batch["text"] = torch.from_numpy(np.concatenate(texts))
         return batch
 

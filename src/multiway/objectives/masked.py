@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_BYTES = 2**28
+"""Of fp32 logits that may exist at once, 256 MiB. In smaller parts the gradient of a large vocabulary, which every part
+adds to, takes longer than the products (performance.md 3a)."""
 
 
-def masked_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and hit of every prediction: logits (M, V), target int64 (M,) -> float32 (M,), float32 (M,) of 0 or 1."""
-    with torch.autocast(logits.device.type, enabled=False):
-        loss = F.cross_entropy(logits.float(), target, reduction="none")
-    return loss, (logits.detach().argmax(-1) == target).float()
+def masked_cross_entropy(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and hit of the prediction at every hidden place: int64 (M,) -> float32 (M,), float32 (M,) of 0 or 1.
+
+    ``logits``: places (m,) -> scores (m, ``classes``); ``target``: int64 (M,). Where all logits together would be
+    larger than LOGITS_BYTES they are made part by part, and again in the backward: one part is in memory at a time.
+    """
+    step = max(1, LOGITS_BYTES // (4 * classes))
+    if len(hidden) <= step:
+        return _cross_entropy(logits, hidden, target)
+    parts = [
+        checkpoint(_cross_entropy, logits, *part, use_reentrant=False)
+        for part in zip(hidden.split(step), target.split(step), strict=True)
+    ]
+    losses, hits = zip(*parts, strict=True)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def _cross_entropy(logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    scores = logits(hidden)
+    with torch.autocast(scores.device.type, enabled=False):
+        loss = F.cross_entropy(scores.float(), target, reduction="none")
+    return loss, (scores.detach().argmax(-1) == target).float()

@@ -20,6 +20,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -125,9 +126,7 @@ def build_encoder(config: Config) -> MultiwayTransformer:
         return Multiway(lambda: NormLinear(norm(), Linear(dim, out)), own)
 
     def ffn(experts: Sequence[str]) -> Multiway:
-        return Multiway(
-            lambda: FeedForward(norm(), Linear(dim, hidden), norm(hidden), Linear(hidden, dim)), experts
-        )
+        return Multiway(lambda: FeedForward(norm(), Linear(dim, hidden), norm(hidden), Linear(hidden, dim)), experts)
 
     blocks = []
     for layer in range(config.depth):
@@ -149,8 +148,10 @@ class Vision(nn.Module):
         rows = UNUSED_POSITIONS + 1 + config.grid[0] * config.grid[1]
         self.positions = nn.Parameter(torch.zeros(rows, config.dim))
 
-    def forward(self, image: Tensor, hide: Tensor | None) -> Tensor:
-        """image: uint8 (B, 3, H, W); hide: bool (B, P), True = hidden, or None -> (B * (P + 1), D)."""
+    def forward(self, image: Tensor, hide: Tensor | None, keep: Tensor | None = None) -> Tensor:
+        """image: uint8 (B, 3, H, W); hide: bool (B, P), True = hidden, or None; keep: int64 (B, K), the patches that
+        go on, or None = all P -> (B * (K + 1), D).
+        """
         expected = self.grid[0] * self.proj.kernel_size[0], self.grid[1] * self.proj.kernel_size[1]
         if image.shape[2:] != expected:
             raise ConfigError(f"pictures of {tuple(image.shape[2:])} pixels, expected {expected}: call set_image_size")
@@ -159,7 +160,10 @@ class Vision(nn.Module):
         if hide is not None:
             x = torch.where(hide[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
-        return (x + self.positions[UNUSED_POSITIONS:]).flatten(0, 1)
+        x = x + self.positions[UNUSED_POSITIONS:]
+        if keep is not None:
+            x = x.take_along_dim(F.pad(keep + 1, (1, 0))[..., None], dim=1)  # the class token is kept, too
+        return x.flatten(0, 1)
 
 
 class Language(nn.Module):
@@ -203,16 +207,18 @@ class BEiT3(nn.Module):
         image: Tensor | None = None,
         text: Tensor | None = None,
         hide: Tensor | None = None,
+        keep: Tensor | None = None,
         draws: Tensor | None = None,
     ) -> Tokens:
         """All kinds of samples in one pass.
 
         image: uint8 (B, 3, H, W), those of pairs last; text: int64 (R,), packed, those of pairs first; hide: bool
-        (B, P), True = hidden patch; draws: (2 L, S) for stochastic depth, None = nothing dropped.
+        (B, P), True = hidden patch; keep: int64 (B, K), the patches that are read at all, None = every patch; draws:
+        (2 L, S) for stochastic depth, None = nothing dropped.
         """
         rows = {}
         if image is not None:
-            rows["image"] = self.vision(image, hide)
+            rows["image"] = self.vision(image, hide, keep)
         if text is not None:
             start, stop = plan.extent("text")
             rows["text"] = self.language(text, plan.position[start:stop])
@@ -364,13 +370,15 @@ class MaskedDataModeling(Objective):
         # Image: the visual token of every hidden patch.
         if "image_hidden" in batch:
             hidden, codes = batch["image_hidden"], self.codes(batch)
-            result = masked_cross_entropy(self.model.image_logits(tokens, hidden), codes.flatten()[hidden])
+            logits = partial(self.model.image_logits, tokens)
+            result = masked_cross_entropy(logits, hidden, codes.flatten()[hidden], self.model.config.codes)
             loss = loss + self.add(sums, ("image", "pair_image"), hidden < patches, result, counts)
 
         # Text: the id of every hidden word.
         if "text_hidden" in batch:
             hidden = batch["text_hidden"]
-            result = masked_cross_entropy(self.model.text_logits(tokens, hidden), batch["text_target"])
+            logits = partial(self.model.text_logits, tokens)
+            result = masked_cross_entropy(logits, hidden, batch["text_target"], self.model.config.vocab)
             loss = loss + self.add(sums, ("pair_text", "text"), hidden < words, result, counts)
         return StepOutput(loss, sums)
 

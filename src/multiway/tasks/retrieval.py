@@ -17,8 +17,8 @@ from multiway.types import Across, Batch, Objective, StepOutput
 class ImageTextContrast(Objective):
     """Contrast pictures and texts, each encoded alone (BEiT-3's ``_itc`` tuning, and its fine-tuning for retrieval).
 
-    The model needs ``forward(plan, image=, text=, draws=) -> Tokens``, ``embed(tokens, modality) -> unit vectors`` and
-    ``temperature() -> factor on cosines``; batches are `DualCollate`'s. Term: ``contrast``.
+    The model needs ``forward(plan, image=, text=, keep=, draws=) -> Tokens``, ``embed(tokens, modality) -> unit
+    vectors`` and ``temperature() -> factor on cosines``; batches are `DualCollate`'s. Term: ``contrast``.
     """
 
     splittable: ClassVar[bool] = False
@@ -38,7 +38,10 @@ class ImageTextContrast(Objective):
 
     def forward(self, batch: Batch, counts: Mapping[str, float], across: Across = Across()) -> StepOutput:
         """Every local pair against all pairs of all ranks, both ways."""
-        tokens = self.model(batch["plan"], image=batch["image"], text=batch["text"], draws=batch.get("drop_path"))
+        tokens = self.model(
+            batch["plan"], image=batch["image"], text=batch["text"], keep=batch.get("image_keep"),
+            draws=batch.get("drop_path"),
+        )  # fmt: skip
         image, text = self.model.embed(tokens, "image"), self.model.embed(tokens, "text")
         losses, hits = symmetric_cross_entropy(image, text, self.model.temperature(), across.gather, across.rank)
         sums = {"contrast": losses.sum().detach(), "contrast/accuracy": hits.sum()}

@@ -1,0 +1,102 @@
+"""The share of the machine's own matmul rate that our training step reaches.
+
+    python benchmarks/matmul.py --sizes base --batch 8
+    python benchmarks/matmul.py --sizes small base large giant --dtypes bf16 --device cuda
+
+A step is forward, mean square of the final hidden states, backward, on pairs without padding. Useful FLOPs are those
+of the linear maps and of attention among real tokens, forward once and backward twice; norms, activations and anything
+computed again count nothing. The rate is that of one big square product of the same dtype, taken before every step: the
+faster of torch's own and of `multiway.nn.linear` (on some processors MKL runs at half their rate). On a GPU we know,
+``mfu`` is the share of its data sheet's dense bf16 rate. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from reference import SIZES, draw, our_pass, place, step
+from timing import figure, options, parsed, ratio, report, take_turns
+
+from multiway.nn.linear import linear
+from multiway.run import Parallel
+from multiway.systems.beit3 import BEiT3, Config
+
+SIDE = {"cpu": 3072, "cuda": 8192}
+"""Rows and columns of the product whose rate is the ceiling."""
+
+BATCH = {"tiny": 2, "narrow": 8, "small": 256, "base": 64, "large": 32, "giant": 16}
+"""Pairs a GPU step takes."""
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s in the makers' data sheets, by a part of the device's name."""
+
+
+def useful_flops(shape: Config, samples: Sequence[int], pictures: int) -> int:
+    """FLOPs of a training step on samples of so many real tokens, ``pictures`` of which are embedded from patches.
+
+    Two per multiplication; a linear map costs its forward twice again in the backward, the first one once (pixels need
+    no gradient).
+    """
+    linear = 2 * (4 * shape.dim**2 + 2 * shape.dim * shape.hidden)  # per token and layer
+    attention = [4 * n * n * shape.dim for n in samples]  # scores, and their product with the values
+    patches = shape.grid[0] * shape.grid[1] * pictures
+    embedding = 2 * 3 * shape.patch**2 * shape.dim * patches
+    return 3 * shape.depth * (linear * sum(samples) + sum(attention)) + 2 * embedding
+
+
+def rates(size: str, dtype: str, args: argparse.Namespace) -> tuple[list[float], list[float], dict[str, float]]:
+    """Useful FLOP/s of the step and FLOP/s of the big product in every round, and what they are made of."""
+    shape = dataclasses.replace(SIZES[size], masked=False)
+    batch = args.batch or (BATCH[size] if args.device == "cuda" else 8)
+    with torch.device(args.device):
+        model = BEiT3(shape)
+    model.init_weights()
+    place(model, args.device, Parallel(compile=args.compile))
+    work = draw("pair", shape, batch, args.device)
+    tokens = 1 + shape.grid[0] * shape.grid[1] + work.tokens // batch
+    flops = useful_flops(shape, [tokens] * batch, batch)
+    side = SIDE[args.device]
+    matrix = torch.randn(side, side, device=args.device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    sides = {
+        "mm": partial(torch.mm, matrix, matrix),
+        "linear": partial(linear, matrix, matrix),
+        "step": partial(step, model, our_pass(model, work), dtype, args.device),
+    }
+    took = take_turns(sides, args)
+    facts = {"batch": batch, "flops": flops} | {f"{name}_seconds": statistics.median(own) for name, own in took.items()}
+    possible = [2 * side**3 / min(products) for products in zip(took["mm"], took["linear"], strict=True)]
+    return [flops / second for second in took["step"]], possible, facts
+
+
+def peak(device: str) -> float | None:
+    """The data sheet's rate of this GPU; None for a processor or one we do not know."""
+    if device == "cpu":
+        return None
+    return next((rate for name, rate in PEAK.items() if name in torch.cuda.get_device_name()), None)
+
+
+def main() -> None:
+    """Every size in every dtype."""
+    parser = options(__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base"])
+    parser.add_argument("--batch", type=int, help="pairs a step, None = 8, on a GPU by size")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block")
+    args = parsed(parser)
+    figures, facts = {}, {}
+    for size in args.sizes:
+        for dtype in args.dtypes:
+            name = f"{size} {dtype}"
+            reached, possible, facts[name] = rates(size, dtype, args)
+            figures[name] = ratio(reached, possible)
+            if dtype == "bf16" and (rate := peak(args.device)):
+                figures[f"{name} mfu"] = figure([own / rate for own in reached])
+    report(args, figures, steps=facts)
+
+
+if __name__ == "__main__":
+    main()
