@@ -67,54 +67,70 @@ def test_it_is_taken_in_fp32_on_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
 # --- lean -------------------------------------------------------------------------------------------------------------
 
 
-def modules(seed: int = 0) -> tuple[torch.nn.Module, Linear]:
-    torch.manual_seed(seed)
+def modules() -> tuple[torch.nn.LayerNorm, Linear]:
+    torch.manual_seed(0)
     norm, to = torch.nn.LayerNorm(24), Linear(24, 10)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_()
-    return torch.nn.Sequential(torch.nn.GELU(), norm), to
+    return norm, to
 
 
+def plain(x: Tensor, norm: torch.nn.Module, to: Linear, *, gelu: bool) -> Tensor:
+    return to(norm(torch.nn.functional.gelu(x) if gelu else x))
+
+
+@pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (33,), (2, 5)])
-@pytest.mark.parametrize("frozen", ["", "before", "to", "x"])
-def test_lean_is_its_plain_twin(rows: tuple[int, ...], frozen: str) -> None:
-    before, to = modules()
-    before.requires_grad_(frozen != "before")
+@pytest.mark.parametrize("frozen", ["", "norm", "to", "x"])
+def test_lean_is_its_plain_twin(gelu: bool, rows: tuple[int, ...], frozen: str) -> None:
+    norm, to = modules()
+    norm.requires_grad_(frozen != "norm")
     to.requires_grad_(frozen != "to")
     x = torch.randn(*rows, 24, requires_grad=frozen != "x")
-    given = [y for y in (x, *before.parameters(), *to.parameters()) if y.requires_grad]
-    found, plain = lean(before, before.parameters(), to, x), to(before(x))
-    assert torch.equal(found, plain)
-    for own, other in zip(gradients(found, *given), gradients(plain, *given), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+    given = [y for y in (x, *norm.parameters(), *to.parameters()) if y.requires_grad]
+    own, other = (run(x, norm, to, gelu=gelu) for run in (lean, plain))
+    assert torch.equal(own, other)
+    for one, two in zip(gradients(own, *given), gradients(other, *given), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
-def test_lean_is_its_plain_twin_under_autocast() -> None:
-    before, to = modules()
-    x = torch.randn(33, 24, requires_grad=True)
-    given = (x, *before.parameters(), *to.parameters())
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lean_is_its_plain_twin_under_autocast(gelu: bool, dtype: torch.dtype) -> None:
+    """Of fp32 rows (the residual stream) and of bf16 rows (a linear map's result)."""
+    norm, to = modules()
+    x = torch.randn(33, 24).to(dtype).requires_grad_()
+    given = (x, *norm.parameters(), *to.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        found, plain = lean(before, before.parameters(), to, x), to(before(x))
-    assert found.dtype == torch.bfloat16 and torch.equal(found, plain)
-    for own, other in zip(gradients(found, *given), gradients(plain, *given), strict=True):
-        assert own.dtype == torch.float32
-        torch.testing.assert_close(own, other, rtol=0, atol=0.02 * float(other.abs().max()))
+        own, other = (run(x, norm, to, gelu=gelu) for run in (lean, plain))
+    assert own.dtype == torch.bfloat16 and torch.equal(own, other)
+    for one, two in zip(gradients(own, *given), gradients(other, *given), strict=True):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=0, atol=0.02 * float(two.abs().max()))
+
+
+def test_lean_without_a_norm_or_a_bias_is_the_plain_one() -> None:
+    norm, to = modules()
+    x = torch.randn(5, 24)
+    assert torch.equal(lean(x, torch.nn.Identity(), to, gelu=True), plain(x, torch.nn.Identity(), to, gelu=True))
+    bare = Linear(24, 10, bias=False)
+    assert torch.equal(lean(x, norm, bare), plain(x, norm, bare, gelu=False))
 
 
 def test_lean_keeps_its_input_alone() -> None:
     """Of the rows only x survives the forward; the plain twin keeps what GELU and norm made of it as well."""
-    before, to = modules()
+    norm, to = modules()
     x = torch.randn(1000, 24, requires_grad=True)
 
-    def kept(run: Callable[[], Tensor]) -> int:
+    def kept(run: Callable[..., Tensor]) -> int:
         sizes: dict[int, int] = {}
         note = lambda y: sizes.update({y.untyped_storage().data_ptr(): y.numel()}) or y  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(note, lambda y: y):
-            run()
+            run(x, norm, to, gelu=True)
         return sum(size for size in sizes.values() if size >= x.numel())
 
-    assert kept(lambda: lean(before, before.parameters(), to, x)) == x.numel()
-    assert kept(lambda: to(before(x))) == 3 * x.numel()
+    assert kept(lean) == x.numel()
+    assert kept(plain) == 3 * x.numel()
     with torch.no_grad():
-        assert lean(before, before.parameters(), to, x).grad_fn is None
+        assert lean(x, norm, to).grad_fn is None

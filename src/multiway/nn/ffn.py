@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multiway.nn.linear import lean
@@ -18,7 +17,7 @@ class NormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, D) -> (R, D')."""
-        return lean(self.norm, self.norm.parameters(), self.linear, x)
+        return lean(x, self.norm, self.linear)
 
 
 class FeedForward(nn.Module):
@@ -36,9 +35,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, D) -> (R, D)."""
-        hidden = lean(self.norm, self.norm.parameters(), self.fc1, x)
-        return lean(self.activate, self.inner.parameters(), self.fc2, hidden)
-
-    def activate(self, hidden: Tensor) -> Tensor:
-        """What lies between the two linear maps: (R, hidden) -> (R, hidden)."""
-        return self.inner(F.gelu(hidden))
+        return lean(lean(x, self.norm, self.fc1), self.inner, self.fc2, gelu=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,54 +74,60 @@ class Linear(nn.Linear):
 
 
 class LeanLinear(torch.autograd.Function):
-    """``linear(before(x))`` that keeps ``x`` alone for the backward, where the cheap ``before`` runs again."""
+    """`lean`, forward and backward; it keeps x and the weights."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, before: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *of: Tensor
+        ctx: Any, x: Tensor, norm: nn.LayerNorm, gelu: bool, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        """``of``: parameters of ``before``, so that they get gradients."""
+        """x: (..., I) -> (..., O)."""
+        ctx.gelu, ctx.eps = gelu, norm.eps
         kind = x.device.type
-        ctx.before, ctx.of = before, of
-        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        ctx.cast = {"device_type": kind, "dtype": dtype, "enabled": enabled}
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        seen = before(x)
-        if enabled:
-            seen, weight = seen.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        ctx.save_for_backward(x, weight)
-        return linear(seen, weight, bias)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        _, seen, _, _ = _normed(x, gelu, gain, shift, norm.eps)
+        cast = weight.to(dtype)
+        ctx.save_for_backward(x, gain, shift, cast)
+        return linear(seen.to(dtype), cast, bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of what needs one."""
-        x, weight = ctx.saved_tensors
-        _, of_x, of_weight, of_bias, *rest = ctx.needs_input_grad
-        with torch.enable_grad(), torch.autocast(**ctx.cast):
-            x = x.detach().requires_grad_(of_x)
-            seen = ctx.before(x)
-        rows = grad.reshape(-1, grad.shape[-1])
-        wanted = [y for y, need in zip((x, *ctx.of), (of_x, *rest), strict=True) if need]
-        found = iter(())
-        if wanted:
-            found = iter(torch.autograd.grad(seen, wanted, linear(grad, weight.t()).to(seen.dtype)))
-        flat = seen.detach().reshape(-1, seen.shape[-1]).to(rows.dtype)
+        """Gradients of what needs one; those of parameters in fp32."""
+        x, gain, shift, weight = ctx.saved_tensors
+        of_x, _, _, of_gain, of_shift, of_weight, of_bias = ctx.needs_input_grad
+        active, seen, mean, deviation = _normed(x, ctx.gelu, gain, shift, ctx.eps)
+        rows, flat = grad.flatten(0, -2), seen.flatten(0, -2).to(grad.dtype)
+        pulled = linear(grad, weight.t()).to(seen.dtype)
+        needed = [of_x, of_gain, of_shift]
+        of_active, *of_norm = torch.ops.aten.native_layer_norm_backward(
+            pulled, active, gain.shape, mean, deviation, gain, shift, needed
+        )
+        if of_x and ctx.gelu:
+            of_active = torch.ops.aten.gelu_backward(of_active.to(x.dtype), x)
         return (
+            of_active.to(x.dtype) if of_x else None,
             None,
-            next(found) if of_x else None,
-            linear(rows.t(), flat.t()).to(ctx.dtypes[0]) if of_weight else None,
-            rows.sum(0).to(ctx.dtypes[1]) if of_bias else None,
-            *(next(found) if need else None for need in rest),
+            None,
+            *of_norm,
+            linear(rows.t(), flat.t()).to(gain.dtype) if of_weight else None,
+            rows.sum(0).to(gain.dtype) if of_bias else None,
         )
 
 
-def lean(before: Callable[[Tensor], Tensor], of: Iterable[Tensor], to: nn.Linear, x: Tensor) -> Tensor:
-    """``to(before(x))``; with gradients only x is kept, and ``before`` (norm, activation: cheap) is computed again.
+def _normed(x: Tensor, gelu: bool, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is normed, its norm, and mean and inverse deviation of each row."""
+    active = F.gelu(x) if gelu else x
+    if x.device.type != "cpu":
+        active = active.to(gain.dtype)  # as autocast has it there; CPUs norm bf16 with fp32 parameters
+    return active, *torch.native_layer_norm(active, gain.shape, gain, shift, eps)  # type: ignore[return-value]
 
-    ``of``: the parameters of ``before``. Half of a block's activations are results of norms and of GELU.
+
+def lean(x: Tensor, norm: nn.Module, to: nn.Linear, *, gelu: bool = False) -> Tensor:
+    """``to(norm(x))``, or ``to(norm(GELU(x)))``: with gradients only x is kept, the rest is computed again.
+
+    Half of a block's activations are results of norms and of GELU, which are cheap. x: (..., I) -> (..., O).
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return to(before(x))
-    return LeanLinear.apply(before, x, to.weight, to.bias, *of)  # type: ignore[return-value]
+    lay = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and to.bias is not None
+    if not lay or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return to(norm(F.gelu(x) if gelu else x))
+    return LeanLinear.apply(x, norm, gelu, norm.weight, norm.bias, to.weight, to.bias)  # type: ignore[return-value]
