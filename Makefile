@@ -97,4 +97,5 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev
 	$(INSTALL) transformers
+	$(INSTALL) --no-deps webdataset braceexpand
 	@touch $@

@@ -1,172 +1,204 @@
-"""Records per second and core: what the loader delivers, beside what a training step consumes.
+"""Samples per second and core: JPEGs and captions of a tar shard to augmented batches, beside webdataset.
 
-JPEGs of two sizes are made here (1/f noise, as photographs have), indexed, and read through the very path training
-uses: index -> decode -> crop, flip, jitter -> collate with hidden patches and words. Beside it, in the same run and
-interleaved: the usual path, Pillow decode, Pillow resize, flip, float normalisation in numpy (no jitter, nothing
-hidden), and what a training step of the small model takes in on the same core. Last line: one JSON object.
+    python benchmarks/loader.py
+    python benchmarks/loader.py --pictures 128 --repeats 3   # a first look
 
-    python benchmarks/loader.py [--pictures 400] [--repeats 5]
+The photographs are made here: 1/f noise, encoded so that they are as large as photographs of their size are. Both sides
+read the same shard on one thread and show every picture alike: a crop of 50-100 % of the area, resized to 224 px
+(antialiased bicubic), mirrored half of the time; no jitter, nothing hidden.
+
+peer: webdataset, Pillow decode, Pillow resize of the crop, float32 normalisation in numpy, stack; captions as strings.
+The normalisation is the usual line with a mean and a deviation per channel; the ``lean`` figures have a peer that does
+it as fast as numpy can, in place and with one number for all channels.
+ours: index -> load -> collate as in training, in random order, to the uint8 batch and the token ids that a model reads
+(it normalises on its own device); with Pillow decoding, and with simplejpeg where it is installed.
+
+A figure is peer / ours in CPU seconds, so 2 is twice as fast; samples per second of every side stand in the last line,
+which is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import io
-import json
+import math
 import statistics
+import tarfile
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from timing import Figure, options, parsed, ratio, report, take_turns
 
-from multiway.data.collate import MaskedCollate
+from multiway.data.collate import DualCollate
+from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
 from multiway.data.prepare import Corpus, Load, open_corpus
-from multiway.nn.quantize import PatchCodebook
-from multiway.recipes import beit3
-from multiway.recipes.beit3 import view_settings
 from multiway.run import Data
-from multiway.systems.beit3 import MaskedDataModeling
 
-SIZES = {"256x256": (256, 256), "500x375": (500, 375)}
-STEPS = 4
-"""Optimiser steps whose batches are loaded in one measurement."""
+SIZES = {"256x256": (256, 256), "500x375": (500, 375)}  # width, height
+QUALITY, COLOUR = 88, 0.4
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's
+DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+PX, SCALE, RATIO = 224, (0.5, 1.0), (3 / 4, 4 / 3)
+BATCH = 64
+DECODERS = ("pillow", "simplejpeg") if importlib.util.find_spec("simplejpeg") else ("pillow",)
+PEER = "tarfile, for want of webdataset"
+if importlib.util.find_spec("webdataset") and importlib.util.find_spec("braceexpand"):
+    PEER = f"webdataset {importlib.metadata.version('webdataset')}"
+WORDS = "a man woman dog child two people on in the with red blue grass street water running playing ball"
 
 
-def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG of quality 85 whose spectrum falls as a photograph's."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height))) + 1 / max(width, height)
-    noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, height, width))) / frequency).real
-    noise = (noise - noise.min()) / (noise.max() - noise.min()) * 255
+def landscape(rng: np.random.Generator, side: int = 1536) -> np.ndarray:
+    """A field whose spectrum falls as a photograph's, most of it grey, some of it colour: float32 (side, side, 3)."""
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side))) + 1 / side
+    grey, *colours = (np.fft.ifft2(np.fft.fft2(rng.normal(size=(side, side))) / frequency).real for _ in range(4))
+    return np.stack([grey + COLOUR * colour for colour in colours], axis=2).astype(np.float32)
+
+
+def photograph(field: np.ndarray, rng: np.random.Generator, width: int, height: int) -> bytes:
+    """A JPEG of some part of the field, its contrast stretched to the full range."""
+    top, left = (int(rng.integers(len(field) - edge + 1)) for edge in (height, width))
+    part = field[top : top + height, left : left + width]
+    part = (part - part.min()) / (part.max() - part.min()) * 255
     buffer = io.BytesIO()
-    Image.fromarray(noise.transpose(1, 2, 0).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    Image.fromarray(part.astype(np.uint8)).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
 
 
-def write(folder: Path, pictures: int, size: tuple[int, int]) -> None:
-    """Pictures and a ``train.jsonl`` with captions of photographs' usual length."""
+def write(path: Path, pictures: int, size: tuple[int, int]) -> float:
+    """A tar shard of photographs with captions; mean bytes of a photograph."""
     rng = np.random.default_rng(0)
-    words = [
-        "a",
-        "man",
-        "woman",
-        "dog",
-        "child",
-        "two",
-        "people",
-        "on",
-        "in",
-        "the",
-        "with",
-        "red",
-        "blue",
-        "grass",
-        "street",
-        "water",
-        "running",
-        "playing",
-        "ball",
-    ]
-    lines = []
-    for i in range(pictures):
-        (folder / f"{i}.jpg").write_bytes(photograph(rng, *size))
-        lines.append(json.dumps({"image": f"{i}.jpg", "text": " ".join(rng.choice(words, int(rng.integers(8, 16))))}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    field = landscape(rng)
+    total = 0
+    with tarfile.open(path, "w") as tar:
+        for i in range(pictures):
+            caption = " ".join(rng.choice(WORDS.split(), int(rng.integers(8, 16))))
+            jpeg = photograph(field, rng, *size)
+            total += len(jpeg)
+            for suffix, content in (("jpg", jpeg), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return total / pictures
 
 
-def ours(corpus: Corpus, items: int) -> Callable[[], int]:
-    """The training path for pairs of the base recipe."""
-    run = beit3.base()
-    load = Load(corpus=corpus, views=view_settings(run), seed=0)
-    collate = MaskedCollate(words=corpus.words(run.data), grid=run.model.grid, branches=2 * run.model.depth)
-    streams = [Stream(kind="pair", sources=corpus.sources["pair"], items=items, seed=0)]
-    batches = Batches(streams, load, collate)
+def ours(corpus: Corpus, pictures: int, batch: int, decoder: str) -> Callable[[], None]:
+    """The training path for pairs."""
+    view = View(px=PX, scale=SCALE, ratio=RATIO, flip=0.5)
+    load = Load(corpus=corpus, views={"pair": view}, seed=0, decoder=decoder)
+    collate = DualCollate(words=corpus.words(Data()), grid=(14, 14))
+    stream = Stream(kind="pair", sources=corpus.sources["pair"], items=batch, seed=0)
+    batches = Batches([stream], load, collate)
 
-    def deliver() -> int:
-        return sum(batches.batch(step)[0]["plan"].samples for step in range(STEPS))
+    def deliver() -> None:
+        for step in range(pictures // batch):
+            found, faults = batches.batch(step)
+            assert found["image"].shape == (batch, 3, PX, PX) and not faults
 
     return deliver
 
 
-def usual(folder: Path, items: int) -> Callable[[], int]:
-    """Pillow decode, random crop, Pillow bicubic resize, flip, float32 normalisation."""
-    files = sorted(folder.glob("*.jpg"))
+def peer(shard: Path, batch: int, normalise: Callable[[Image.Image], np.ndarray]) -> Callable[[], None]:
+    """webdataset over the shard; tarfile and the same steps where it is not installed."""
     rng = np.random.default_rng(0)
 
-    def one(path: Path) -> np.ndarray:
-        picture = Image.open(path).convert("RGB")
-        side = int(min(picture.size) * rng.uniform(0.7, 1))
-        left, top = (int(rng.integers(edge - side + 1)) for edge in picture.size)
-        picture = picture.resize((224, 224), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-        x = np.asarray(picture, dtype=np.float32) / 255
-        x = x[:, ::-1] if rng.random() < 0.5 else x
-        return np.ascontiguousarray(((x - 0.5) / 0.5).transpose(2, 0, 1))
+    def augmented(picture: Image.Image) -> np.ndarray:
+        return normalise(augment(picture, rng))
 
-    def deliver() -> int:
-        for step in range(STEPS):
-            chosen = [files[(step * items + i) % len(files)] for i in range(items)]
-            torch.from_numpy(np.stack([one(path) for path in chosen]))
-        return STEPS * items
+    def plain() -> Iterator[tuple[np.ndarray, list[str]]]:
+        pictures, captions = [], []
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                content = tar.extractfile(member).read()
+                if member.name.endswith(".txt"):
+                    captions.append(content.decode())
+                    continue
+                pictures.append(augmented(Image.open(io.BytesIO(content)).convert("RGB")))
+                if len(pictures) == batch:
+                    yield np.stack(pictures), captions
+                    pictures, captions = [], []
+
+    def batches() -> Iterable[tuple[np.ndarray, list[str]]]:
+        if not PEER.startswith("webdataset"):
+            return plain()
+        import webdataset
+
+        data = webdataset.WebDataset(str(shard), shardshuffle=False).decode("pil").to_tuple("jpg", "txt")
+        return data.map_tuple(augmented, str).batched(batch, partial=False)
+
+    def deliver() -> None:
+        for images, _ in batches():
+            assert torch.from_numpy(images).shape == (batch, 3, PX, PX) and images.dtype == np.float32
 
     return deliver
 
 
-def consumed(corpus: Corpus) -> float:
-    """Pairs per second and core that a training step of the small model takes in, forward and backward."""
-    run = beit3.small()
-    items = 8
-    load = Load(corpus=corpus, views=view_settings(run), seed=0)
-    collate = MaskedCollate(words=corpus.words(run.data), grid=run.model.grid)
-    batch, _ = Batches([Stream(kind="pair", sources=corpus.sources["pair"], items=items, seed=0)], load, collate).batch(
-        0
-    )
-    objective = MaskedDataModeling(beit3.build_model(run), PatchCodebook(run.model.codes, run.model.patch))
-    objective.init_weights()
-    seconds = []
-    for _ in range(3):
-        begun = time.process_time()
-        objective(batch, {name: float(n) for name, n in objective.counts(batch).items()}).loss.backward()
-        seconds.append(time.process_time() - begun)
-    return items / min(seconds)
+def usual(picture: Image.Image) -> np.ndarray:
+    """Normalised, float32 (3, H, W)."""
+    x = np.asarray(picture, dtype=np.float32) / 255
+    return ((x - MEAN) / DEVIATION).transpose(2, 0, 1)
+
+
+def lean(picture: Image.Image) -> np.ndarray:
+    """`usual` in place, for a mean and a deviation of 0.5 in every channel."""
+    x = np.asarray(picture, dtype=np.float32)
+    x *= 1 / 127.5
+    x -= 1
+    return x.transpose(2, 0, 1)
+
+
+def augment(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Random resized crop and flip."""
+    width, height = picture.size
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(*SCALE), math.exp(rng.uniform(*np.log(RATIO)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if w <= width and h <= height:
+            break
+    else:
+        w = h = min(width, height)
+    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    picture = picture.resize((PX, PX), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+    return ImageOps.mirror(picture) if rng.random() < 0.5 else picture
+
+
+def compare(size: str, args: argparse.Namespace) -> tuple[dict[str, Figure], dict[str, float]]:
+    """Figures for one size of photographs, and kilobytes and rates behind them."""
+    batch = min(BATCH, args.pictures)
+    pictures = args.pictures // batch * batch
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder, "data", "photographs.tar")
+        shard.parent.mkdir()
+        facts = {"kilobytes": write(shard, pictures, SIZES[size]) / 1000}
+        corpus = open_corpus(Data(root=str(shard.parent), vocab=64), Path(folder, "index"))
+        sides = {"peer": peer(shard, batch, usual), "lean peer": peer(shard, batch, lean)}
+        sides |= {decoder: ours(corpus, pictures, batch, decoder) for decoder in DECODERS}
+        took = take_turns(sides, args)
+    facts |= {f"{side} per second": pictures / statistics.median(own) for side, own in took.items()}
+    figures = {f"{size} {decoder}": ratio(took["peer"], took[decoder]) for decoder in DECODERS}
+    figures |= {f"{size} {decoder}, lean": ratio(took["lean peer"], took[decoder]) for decoder in DECODERS}
+    return figures, facts
 
 
 def main() -> None:
-    """Measure both paths on both sizes, interleaved, one thread, CPU seconds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=5)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    result: dict[str, object] = {"benchmark": "loader", "threads": 1, "pictures": given.pictures}
-    for name, size in SIZES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            (root / "data").mkdir()
-            write(root / "data", given.pictures, size)
-            corpus = open_corpus(Data(root=str(root / "data"), vocab=64), root / "index")
-            paths = {
-                "ours": ours(corpus, given.pictures // STEPS),
-                "usual": usual(root / "data", given.pictures // STEPS),
-            }
-            result.setdefault("consumed_by_small", round(consumed(corpus), 1))
-            rates: dict[str, list[float]] = {key: [] for key in paths}
-            for _ in range(given.repeats):
-                for key, deliver in paths.items():
-                    begun = time.process_time()
-                    count = deliver()
-                    rates[key].append(count / (time.process_time() - begun))
-            medians = {key: statistics.median(values) for key, values in rates.items()}
-            print(f"{name}: ours {medians['ours']:.0f}/s, usual {medians['usual']:.0f}/s per core")
-            result[name] = {key: round(value, 1) for key, value in medians.items()} | {
-                "ratio": round(medians["ours"] / medians["usual"], 2),
-                "spread": [round(min(rates["ours"]), 1), round(max(rates["ours"]), 1)],
-            }
-    print(f"a training step of beit3_small takes in {result['consumed_by_small']} pairs/s on the same core")
-    print(json.dumps(result))
+    """Both sizes, on one thread."""
+    parser = options(__doc__)
+    parser.set_defaults(clock="cpu")
+    parser.add_argument("--pictures", type=int, default=512)
+    args = parsed(parser)
+    figures: dict[str, Figure] = {}
+    facts = {}
+    for size in SIZES:
+        found, facts[size] = compare(size, args)
+        figures |= found
+    versions = {name: importlib.metadata.version(name) for name in ("pillow", *DECODERS[1:])}
+    report(args, figures, peer=PEER, **versions, by_size=facts)
 
 
 if __name__ == "__main__":

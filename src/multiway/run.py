@@ -18,7 +18,8 @@ class Data:
     (largest: all). ``flip``: mirror half of the pictures. ``jitter``: strength of brightness, contrast and
     saturation changes. ``text_tokens``: longest text of a pair, with its two specials; ``window``: the same of texts
     alone. ``vocab``: size of the tokenizer trained on your texts when ``tokenizer`` names no file. ``workers``:
-    loader processes, 0 = inline. ``max_bad``: share of records that may be bad before the run stops (exit 65).
+    loader processes, 0 = inline. ``decoder``: of plain JPEGs; simplejpeg (extra ``fast``) is the faster one.
+    ``max_bad``: share of records that may be bad before the run stops (exit 65).
     """
 
     root: str | None = None
@@ -36,6 +37,7 @@ class Data:
     tokenizer: str | None = None
     vocab: int = 64000
     workers: int = 0
+    decoder: Literal["pillow", "simplejpeg"] = "pillow"
     max_bad: float = 0.01
 
 

@@ -16,7 +16,7 @@ from multiway.data.columns import Table
 from multiway.data.image import Limits, decode
 from multiway.data.index import Index, build, check, describe, overlap
 from multiway.data.text import TextTokenizer, sanitize
-from multiway.errors import ConfigError, DataError, MissingInputError, WriteError
+from multiway.errors import ConfigError, DataError, MissingInputError, RecordError, WriteError
 from tests.data.raw import encode, noise, png, samples, shard, write
 
 FLICKR = Path(__file__).parents[2] / "../shared/data/flickr8k-224"
@@ -114,6 +114,21 @@ def test_the_same_data_give_the_same_index_anywhere_and_with_workers(root, tmp_p
     (moved / "c.png").write_bytes(png(9))  # D21: other data, another identity
     assert build(moved, tmp_path / "two", **QUIET).hash != first.hash
     assert build(root, tmp_path / "three", window=100, **QUIET).hash != first.hash
+
+
+def test_a_faster_decoder_sees_the_same_pictures_and_the_same_changes(tmp_path):
+    pytest.importorskip("simplejpeg")
+    root = write(tmp_path / "raw", {f"{i}.jpg": encode(noise(80, 60, seed=i), "JPEG") for i in range(3)})
+    made = build(root, tmp_path / "out", progress=False)
+    source = made.sources[0]
+    for px in (None, 30):
+        fast, plain = source.image(0, px, "simplejpeg"), source.image(0, px)
+        assert fast.shape == plain.shape and (fast.int() - plain.int()).abs().max() <= 3
+    (root / "1.jpg").write_bytes(encode(noise(80, 60, seed=9), "JPEG"))
+    (root / "2.jpg").write_bytes((root / "2.jpg").read_bytes()[:-200])
+    for i in (1, 2):
+        with pytest.raises(RecordError, match=rf"{i}\.jpg, record {i} .*: changed"):
+            source.image(i, None, "simplejpeg")
 
 
 def test_data_that_moved_are_read_from_their_new_place(root, tmp_path):

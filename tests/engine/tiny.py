@@ -110,7 +110,7 @@ class Records:
     def key(self, record: int) -> str:
         return f"{self.kind}s/{record:03d}.png"
 
-    def image(self, record: int, px: int | None = None) -> Tensor:
+    def image(self, record: int, px: int | None = None, decoder: str = "pillow") -> Tensor:
         time.sleep(self.slow)
         if record in self.bad:
             raise RecordError(f"{self.key(record)}: truncated picture", reason="truncated")

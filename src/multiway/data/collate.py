@@ -50,8 +50,10 @@ class Words:
 
     def framed(self, ids: np.ndarray, kind: str) -> np.ndarray:
         """``<s> ids </s>`` as int64, cut to the longest of its kind."""
-        longest = self.window if kind == "text" else self.longest
-        return np.concatenate([[self.bos], ids[: longest - 2], [self.eos]]).astype(np.int64)
+        ids = ids[: (self.window if kind == "text" else self.longest) - 2]
+        framed = np.empty(len(ids) + 2, np.int64)
+        framed[0], framed[1:-1], framed[-1] = self.bos, ids, self.eos
+        return framed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +173,8 @@ def _common(samples: Samples, branches: int) -> Batch:
     pictured = [sample for kind in samples if kind != "text" for sample in samples[kind]]
     batch: Batch = {"sample": torch.tensor([sample.record for sample in flat])}
     if pictured:
-        batch["image"] = torch.stack([sample.image for sample in pictured if sample.image is not None])
+        images = torch.stack([sample.image for sample in pictured if sample.image is not None])
+        batch["image"] = images.contiguous()  # one layout, however the pictures lay
         codes = [sample.code for sample in pictured if sample.code is not None]
         if len(codes) == len(pictured):
             batch["image_code"] = torch.stack(codes)

@@ -94,10 +94,13 @@ def verify(folder: Path, expected: dict[str, Any], *, content: bool) -> None:
 
 
 def load(folder: Path, entries: dict[str, Any], *, content: bool) -> Columns:
-    """Verify columns and map them into memory, read-only. Raises DataError as `verify`."""
+    """Verify columns and map them into memory, read-only. Raises DataError as `verify`.
+
+    They are plain arrays: reading an item of a ``np.memmap`` takes several times as long.
+    """
     for expected in entries.values():
         verify(folder, expected, content=content)
-    return {n: np.load(folder / e["file"], mmap_mode="r", allow_pickle=False) for n, e in entries.items()}
+    return {n: np.asarray(np.load(folder / e["file"], mmap_mode="r", allow_pickle=False)) for n, e in entries.items()}
 
 
 def piece(values: np.ndarray, ends: np.ndarray, i: int) -> np.ndarray:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from multiway.errors import RecordError
+from multiway.errors import ConfigError, RecordError
 
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels."""
@@ -31,6 +32,13 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+JPEG = b"\xff\xd8"
+JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)
+JPEG_PLAIN = frozenset((0xFFC4, 0xFFDB, 0xFFDD, 0xFFE0, *range(0xFFE2, 0xFFF0), 0xFFFE))
+"""Segments that say nothing about how to read the pixels but what every decoder of JPEGs knows."""
+JPEG_SCAN = 0xFFDA
+SEGMENT = struct.Struct(">HHBHHB")
+"""Marker, length; and of a frame: bits, height, width, channels."""
 CROP_TRIES = 10
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -72,6 +80,11 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
+Decoder = Literal["pillow", "simplejpeg"]
+"""Who decodes plain JPEGs. Both are libjpeg-turbo and give the same pixels; other versions of it may round otherwise,
+so a run keeps the one it began with."""
+
+
 class Decoded(NamedTuple):
     """A decoded picture: ``image`` uint8 (3, H, W), RGB, upright; ``notes``: what was changed to make it so."""
 
@@ -79,11 +92,15 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def decode(data: bytes, *, limits: Limits = DEFAULT_LIMITS, px: int | None = None) -> Decoded:
+def decode(
+    data: bytes, *, limits: Limits = DEFAULT_LIMITS, px: int | None = None, decoder: Decoder = "pillow"
+) -> Decoded:
     """Decode untrusted bytes to an upright RGB picture; the bytes decide the format, not a file name.
 
     ``px``: how many pixels both sides need at least; a JPEG that is twice (4, 8 times) larger is decoded at a half
-    (quarter, eighth) of its size. None decodes every pixel. Colour profiles and metadata are ignored.
+    (quarter, eighth) of its size. None decodes every pixel. Colour profiles and metadata are ignored. ``decoder``: who
+    decodes JPEGs that are grey or RGB, intact and without EXIF; Pillow decodes everything else. In memory the channels
+    of a pixel lie together, as decoders write them and `resize` reads them fastest.
 
     Notes: ``animated_first_frame`` (later frames or pages are ignored), ``sixteen_bit`` (the high byte is kept),
     ``transparent`` (laid over BACKGROUND), ``cmyk``, ``ycbcr``, ``lab``, ``hsv`` (converted), ``rotated`` (turned as
@@ -91,14 +108,20 @@ def decode(data: bytes, *, limits: Limits = DEFAULT_LIMITS, px: int | None = Non
 
     Raises RecordError with one of the reasons ``empty``, ``bytes``, ``unreadable`` (no allowed format), ``no_pixels``,
     ``side``, ``pixels``, ``aspect``, ``truncated``, ``corrupt``, ``mode`` (32-bit integer or float pixels, which have
-    no known range).
+    no known range); ConfigError when the decoder is not installed.
     """
+    if decoder == "simplejpeg" and (pixels := _by_simplejpeg(data, limits, px)) is not None:
+        return Decoded(torch.from_numpy(pixels).permute(2, 0, 1), ())
     picture, notes = open_picture(data, limits, px)
-    return Decoded(torch.from_numpy(np.array(picture)).permute(2, 0, 1), notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of bytes that nobody may write; nobody but us has them
+        # four bytes a pixel, as Pillow holds them: packing three would be a pass over the picture
+        rgbx = torch.frombuffer(picture.tobytes("raw", "RGBX"), dtype=torch.uint8)
+    return Decoded(rgbx.view(*picture.size[::-1], 4).permute(2, 0, 1)[:3], notes)
 
 
 def open_picture(data: bytes, limits: Limits, px: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
-    """`decode` before it becomes a tensor: a loaded RGB picture and its notes."""
+    """`decode` by Pillow before it becomes a tensor: a loaded RGB picture and its notes."""
     limits.check_bytes(len(data))
     notes: list[str] = []
     try:
@@ -123,6 +146,43 @@ def open_picture(data: bytes, limits: Limits, px: int | None = None) -> tuple[Im
     except Exception as error:  # a decoder may raise anything at hostile bytes
         reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise RecordError(f"{reason} picture: {type(error).__name__}: {error}", reason=reason) from error
+
+
+def _by_simplejpeg(data: bytes, limits: Limits, px: int | None) -> np.ndarray | None:
+    """Pixels of a plain JPEG, uint8 (H, W, 3), at the scale Pillow would take; None = Pillow has to look at it."""
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError as error:
+        raise ConfigError('the decoder simplejpeg is not installed: pip install "multiway[fast]"') from error
+    size = _plain_jpeg(data) if "JPEG" in limits.formats else None
+    if size is None or math.prod(size) > DEFAULT_LIMITS.max_pixels:  # above, Pillow has a limit of its own
+        return None
+    times = 1 if px is None else min(size) // px
+    scale = next((scale for scale in (8, 4, 2) if scale <= times), 1)
+    width, height = (-(-side // scale) for side in size)
+    try:
+        limits.check_bytes(len(data))
+        limits.check_size(*size)
+        pixels = np.empty((height, width, 3), np.uint8)  # what does not fit into it is not decoded
+        found = decode_jpeg(data, min_height=height, min_width=width, buffer=pixels)
+    except (RecordError, ValueError):  # a refusal, also of what Pillow forgives: Pillow has the last word
+        return None
+    return pixels if found.shape == pixels.shape else None
+
+
+def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG of 8 bits, grey or RGB, baseline or progressive, without EXIF; None for all else."""
+    at, size = 2, None
+    while data.startswith(JPEG) and at + SEGMENT.size <= len(data):
+        marker, length, bits, height, width, channels = SEGMENT.unpack_from(data, at)
+        if marker == JPEG_SCAN:
+            return size
+        if marker in JPEG_FRAMES and size is None and bits == 8 and channels in (1, 3):
+            size = width, height
+        elif marker not in JPEG_PLAIN or data.startswith(b"MPF", at + 4):  # several pictures in one file
+            return None
+        at += 2 + length
+    return None
 
 
 def _rgb(picture: Image.Image, notes: list[str]) -> Image.Image:
@@ -160,7 +220,11 @@ def resize(image: Tensor, px: int) -> Tensor:
     """Resize uint8 (3, H, W) to (3, px, px): antialiased bicubic, the aspect ratio is not kept."""
     if image.shape[1:] == (px, px):
         return image
-    return F.interpolate(image[None], size=(px, px), mode="bicubic", antialias=True, align_corners=False)[0]
+    stride = image.stride()
+    if stride[0] == 1 and stride[2] == 4 and image.storage_offset() % 4 == 0:
+        image = image.as_strided((4, *image.shape[1:]), stride)  # with the fourth byte of `decode` nothing is copied
+    sized = F.interpolate(image[None], size=(px, px), mode="bicubic", antialias=True, align_corners=False)
+    return sized[0, :3]
 
 
 def hflip(image: Tensor) -> Tensor:
@@ -176,19 +240,18 @@ def crop_box(
     The ratio is log-uniform; of CROP_TRIES draws the first that fits is taken, else the largest centred box of an
     allowed ratio. The number of values taken from ``rng`` is always the same.
     """
-    area = height * width * rng.uniform(*scale, size=CROP_TRIES)
-    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), size=CROP_TRIES))
-    place = rng.random(2)
-    wide, high = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
-    fits = np.flatnonzero((wide > 0) & (wide <= width) & (high > 0) & (high <= height))
-    if len(fits):
-        h, w = int(high[fits[0]]), int(wide[fits[0]])
-    else:
-        allowed = min(max(width / height, ratio[0]), ratio[1])
-        h = max(1, min(height, round(width / allowed)))
-        w = max(1, min(width, round(height * allowed)))
-        place = np.full(2, 0.5)
-    return int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w
+    draws = rng.random(2 * CROP_TRIES + 2).tolist()
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for share, shape in zip(draws[:CROP_TRIES], draws[CROP_TRIES:-2], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(low + (high - low) * shape)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[-2] * (height - h + 1)), int(draws[-1] * (width - w + 1)), h, w
+    allowed = min(max(width / height, ratio[0]), ratio[1])
+    h = max(1, min(height, round(width / allowed)))
+    w = max(1, min(width, round(height * allowed)))
+    return (height - h + 1) // 2, (width - w + 1) // 2, h, w
 
 
 def random_resized_crop(

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ from torch import Tensor
 
 from multiway.data import columns
 from multiway.data.columns import piece, string
-from multiway.data.image import Limits, decode
+from multiway.data.image import Decoder, Limits, decode
 from multiway.data.records import Fingerprint, content_hash, read_bytes
 from multiway.data.text import TextTokenizer
 from multiway.errors import ConfigError, DataError, MissingInputError, RecordError
 
 FORMAT = 1
+
+FILES = 1024
+"""Files of raw data whose paths and fingerprints are kept at hand."""
 
 
 def digest(value: Any) -> str:
@@ -112,8 +115,8 @@ class Source:
         """BLAKE2b-128 of the picture's encoded bytes."""
         return self._columns["hash"][i].tobytes()
 
-    def image(self, i: int, px: int | None = None) -> Tensor:
-        """The picture, uint8 (3, H, W), as `decode` with ``px`` gives it.
+    def image(self, i: int, px: int | None = None, decoder: Decoder = "pillow") -> Tensor:
+        """The picture, uint8 (3, H, W), as `decode` with ``px`` and ``decoder`` gives it.
 
         Raises RecordError: ``changed`` when its file is no longer the indexed one and neither are its bytes,
         otherwise as `read_bytes`.
@@ -125,7 +128,7 @@ class Source:
             found = content.fingerprint
             if found != indexed and content_hash(content.data) != self.image_hash(i):
                 raise RecordError(f"changed since it was indexed: was {indexed}, is {found}", reason="changed")
-            return decode(content.data, limits=self._index.limits, px=px).image
+            return decode(content.data, limits=self._index.limits, px=px, decoder=decoder).image
         except RecordError as error:
             raise RecordError(f"{path}, record {i} ({self.key(i)}): {error}", reason=error.reason) from error
 
@@ -168,6 +171,7 @@ class Index:
         self.limits = Limits(**limits | {"formats": tuple(limits["formats"])})
         self.tokenizer = TextTokenizer.load(folder / "tokenizer.json") if manifest["tokenizer"] else None
         self._files = columns.load(folder, manifest["files"], content=verify)
+        self.file = lru_cache(FILES)(self._file)  # a shard has many records
         self.sources = tuple(Source(self, i) for i in range(len(manifest["sources"])))
 
     @classmethod
@@ -200,7 +204,7 @@ class Index:
     def __reduce__(self) -> Any:
         return _reopen, (self.folder, self.roots, None)
 
-    def file(self, number: int) -> tuple[Path, Fingerprint]:
+    def _file(self, number: int) -> tuple[Path, Fingerprint]:
         """Path of a file of raw data, and its fingerprint when it was indexed."""
         table = self._files
         path = self.roots[int(table["root"][number])] / string(table, "name", number)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multiway.data import builtin
 from multiway.data.collate import Sample, Words
-from multiway.data.image import View, colour_jitter
+from multiway.data.image import Decoder, View, colour_jitter
 from multiway.data.index import Index, build
 from multiway.data.index import Source as Indexed
 from multiway.data.order import generator
@@ -59,7 +59,7 @@ class Scenes:
         """Name of a scene."""
         return f"scene {record}"
 
-    def image(self, record: int, px: int | None = None) -> Tensor:
+    def image(self, record: int, px: int | None = None, decoder: Decoder = "pillow") -> Tensor:
         """The scene, uint8 (3, 64, 64)."""
         return self.images[record]
 
@@ -193,13 +193,15 @@ def _index(root: Path, split: str | None, folder: Path, tokenizer: TextTokenizer
 class Load:
     """``load(kind, source, record, epoch)``: the sample, everything random in it drawn from (seed, epoch, record).
 
-    ``views``: how pictures of a kind are shown; ``stored``: by kind, for every source its stored views, or None.
+    ``views``: how pictures of a kind are shown; ``stored``: by kind, for every source its stored views, or None;
+    ``decoder``: who decodes plain JPEGs.
     """
 
     corpus: Corpus
     views: Mapping[str, View]
     seed: int
     stored: Mapping[str, Sequence[StoredViews | None]] = field(default_factory=dict)
+    decoder: Decoder = "pillow"
 
     def __call__(self, kind: str, source: int, record: int, epoch: int) -> Sample:
         """Read, choose a caption, draw the view."""
@@ -218,8 +220,8 @@ class Load:
         origin, view = self.corpus.sources[kind][source], self.views[kind]
         stored = self.stored[kind][source] if kind in self.stored else None
         if stored is None:
-            return view(origin.image(record, view.source_px), rng), None
-        image, code = stored.draw(origin.image(record), record, view.px, rng)
+            return view(origin.image(record, view.source_px, self.decoder), rng), None
+        image, code = stored.draw(origin.image(record, None, self.decoder), record, view.px, rng)
         return (colour_jitter(image, view.jitter, rng) if view.jitter else image), code
 
 

@@ -25,6 +25,7 @@ HASH_BYTES = 16
 IMAGE_FIELDS = ("image", "image_path")
 TEXT_FIELDS = ("text", "caption", "captions")
 MESSAGE_CHARS = 300
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 READ_TRIES = 3
 RETRY_SECONDS = 0.05
 FLAKY = frozenset((errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN))
@@ -148,16 +149,28 @@ def open_file(path: Path) -> Iterator[tuple[BinaryIO, Fingerprint]]:
     Raises RecordError (``missing``, ``permission``, ``not_a_file``, ``io``), for reads inside the block too.
     """
     try:
-        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        with open(os.open(path, flags), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise RecordError(f"{path} is not a regular file", reason="not_a_file")
-            yield file, Fingerprint(status.st_size, status.st_mtime_ns)
+        number, fingerprint = _open_regular(path)
+        with open(number, "rb") as file:
+            yield file, fingerprint
     except OSError as error:
-        raise RecordError(
-            f"cannot read {path}: {error.strerror}", reason=REASONS.get(error.errno or 0, "io")
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _open_regular(path: Path) -> tuple[int, Fingerprint]:
+    """Descriptor and fingerprint of a file; raises OSError, and RecordError (``not_a_file``)."""
+    number = os.open(path, OPEN_FLAGS)
+    try:
+        status = os.fstat(number)
+        if stat.S_ISREG(status.st_mode):
+            return number, Fingerprint(status.st_size, status.st_mtime_ns)
+        raise RecordError(f"{path} is not a regular file", reason="not_a_file")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def _unreadable(path: Path, error: OSError) -> RecordError:
+    return RecordError(f"cannot read {path}: {error.strerror}", reason=REASONS.get(error.errno or 0, "io"))
 
 
 def read_bytes(path: Path, offset: int = 0, length: int | None = None, *, most: int | None = None) -> Content:
@@ -178,11 +191,21 @@ def read_bytes(path: Path, offset: int = 0, length: int | None = None, *, most: 
 
 
 def _read_once(path: Path, offset: int, length: int | None, most: int | None) -> tuple[bytes, Fingerprint]:
-    with open_file(path) as (file, fingerprint):
-        if length is None and most is not None and fingerprint.size > most:
-            raise RecordError(f"{path} has {fingerprint.size} bytes, at most {most} are allowed", reason="bytes")
-        file.seek(offset)
-        return file.read(-1 if length is None else length), fingerprint
+    try:
+        number, fingerprint = _open_regular(path)
+        try:
+            if length is None and most is not None and fingerprint.size > most:
+                raise RecordError(f"{path} has {fingerprint.size} bytes, at most {most} are allowed", reason="bytes")
+            room = max(0, fingerprint.size - offset)
+            wanted = room if length is None else min(length, room)
+            data = os.pread(number, wanted, offset)
+            while len(data) < wanted and (more := os.pread(number, wanted - len(data), offset + len(data))):
+                data += more
+            return data, fingerprint
+        finally:
+            os.close(number)
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def content_hash(data: bytes) -> bytes:

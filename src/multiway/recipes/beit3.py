@@ -366,7 +366,9 @@ def build(run: Run, out: Path) -> Job:
     objective.init_weights()
     if run.init:
         start_from(model, run.init)
-    batches = Batches(streams, Load(corpus=corpus, views=views, seed=run.seed, stored=stored), collate)
+    batches = Batches(
+        streams, Load(corpus=corpus, views=views, seed=run.seed, stored=stored, decoder=data.decoder), collate
+    )
     preprocessor = Preprocessor.of(run.model, corpus.tokenizer, {"text_tokens": run.data.text_tokens})
 
     def export(weights: Mapping[str, Tensor], folder: Path) -> None:
