@@ -13,15 +13,18 @@ from pathlib import Path
 from multiway import config, recipes
 from multiway.errors import ConfigError, MultiwayError
 
+WITH_SETTINGS = ("train", "show", "plan")
+"""Commands that take every setting of a run as an option."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit codes are those of `multiway.errors`."""
     parser = build_parser()
     given, rest = parser.parse_known_args(arguments)
-    if rest and given.command != "train" and given.command != "show":
+    if rest and given.command not in WITH_SETTINGS:
         raise SystemExit(_fail(ConfigError(f"unknown argument {rest[0]!r}; see multiway {given.command} --help")))
     try:
-        if given.command in ("train", "show"):
+        if given.command in WITH_SETTINGS:
             given.settings = rest
         given.call(given)
     except MultiwayError as error:
@@ -66,6 +69,17 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--profile", action="store_true", help="record a few steps: a trace, and a page of where their time goes"
     )
+
+    own = command("plan", plan, "what a recipe will take: parameters, FLOPs, memory, the largest batch, time")
+    own.add_argument("recipe")
+    own.add_argument("--hardware", default="here", help="a100, h100, ...; default: this machine, measured")
+    own.add_argument("--devices", type=int, default=1)
+    own.add_argument("--memory", type=float, metavar="GB", help="of a device; default: the hardware's")
+    own.add_argument(
+        "--tokens", type=int, nargs="+", metavar="N",
+        help="mean length of texts, or of those of pairs and of texts alone; default: the longest that are allowed",
+    )  # fmt: skip
+    own.add_argument("--json", action="store_true", help="print JSON")
 
     own = command("evaluate", evaluate, "measure a model on a task")
     own.add_argument("model", help="a model folder, a run folder, or a hub id")
@@ -165,6 +179,23 @@ def train(given: argparse.Namespace) -> None:
     )  # fmt: skip
     if figures:
         print(json.dumps(figures))
+
+
+def plan(given: argparse.Namespace) -> None:
+    """What a run will take, as tables or JSON."""
+    run, module = recipes.recipe(given.recipe)
+    run = config.override(run, given.settings)
+    from multiway.estimate import estimate, show
+
+    tokens = {"pair": given.tokens[0], "text": given.tokens[-1]} if given.tokens else {}
+    report = estimate(
+        run, module.assemble, hardware=given.hardware, devices=given.devices,
+        memory=given.memory and given.memory * 1e9, tokens=tokens,
+    )  # fmt: skip
+    if given.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
 
 
 def evaluate(given: argparse.Namespace) -> None:

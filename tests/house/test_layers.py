@@ -17,7 +17,7 @@ CONTRACTS = {"errors", "types", "plan", "run", "config"}
 PARTS = {"nn", "data", "metrics", "weights"}
 BUILT = {"backbones", "objectives"}
 SYSTEMS = {"systems", "tasks", "engine"}
-USES = {"recipes", "search", "pretrained", "evaluation"}
+USES = {"recipes", "search", "pretrained", "evaluation", "estimate", "roofline", "rehearsal"}
 OUTSIDE = {"cli", "serve", "quickstart", "report"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"errors"},
     **dict.fromkeys(SYSTEMS, CONTRACTS | PARTS | BUILT),
     **dict.fromkeys(USES, CONTRACTS | PARTS | BUILT | SYSTEMS | {"pretrained", "evaluation"}),
+    **dict.fromkeys({"estimate", "roofline"}, CONTRACTS | PARTS | BUILT | SYSTEMS | {"roofline", "rehearsal"}),
     **dict.fromkeys(OUTSIDE, CONTRACTS | PARTS | BUILT | SYSTEMS | USES | {"report"}),
     "cli": CONTRACTS | PARTS | BUILT | SYSTEMS | USES | OUTSIDE,
     "__main__": {"cli"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multiway import evaluation, pretrained
-from multiway.data.collate import DualCollate, MaskedCollate
+from multiway.data.collate import DualCollate, MaskedCollate, Samples, Words
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
 from multiway.data.prepare import (
@@ -43,7 +43,7 @@ from multiway.pretrained import Preprocessor, Pretrained
 from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
 from multiway.systems.beit3 import PRESETS, BEiT3, Config, MaskedAndContrast, MaskedDataModeling
 from multiway.tasks import retrieval
-from multiway.types import Objective
+from multiway.types import Batch, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,9 +310,22 @@ def giant_retrieval() -> Run:
 # ------------------------------------------------------------------------------------------------- from run to job
 
 
-def build_model(run: Run) -> BEiT3:
-    """The model of a run, not initialised."""
-    return BEiT3(run.model)
+def assemble(
+    run: Run, words: Words, codebook: PatchCodebook | None = None
+) -> tuple[Objective, Callable[[Samples], Batch]]:
+    """The objective of a run, not initialised, and what makes its batches. ``codebook``: None = one of zeros."""
+    model, grid = BEiT3(run.model), run.model.grid
+    branches = 2 * run.model.depth if run.model.drop_path else 0
+    settings = run.objective
+    if isinstance(settings, Contrast):
+        collate = DualCollate(words=words, grid=grid, branches=branches, keep=settings.keep)
+        return retrieval.ImageTextContrast(model), collate
+    kind = MaskedAndContrast if settings.contrast else MaskedDataModeling
+    book = codebook or PatchCodebook(run.model.codes, run.model.patch)
+    return kind(model, book, settings.weights), MaskedCollate(
+        words=words, grid=grid, branches=branches, contrast=settings.contrast, joint=settings.joint,
+        image_ratio=settings.image_ratio, text_ratio=settings.text_ratio, pair_ratio=settings.pair_ratio,
+    )  # fmt: skip
 
 
 def build(run: Run, out: Path) -> Job:
@@ -326,8 +339,6 @@ def build(run: Run, out: Path) -> Job:
             f"the tokenizer has {corpus.tokenizer.vocab} ids, the model {run.model.vocab}: set model.vocab to at least "
             f"that, or data.vocab to at most {run.model.vocab}"
         )
-    torch.manual_seed(run.seed)
-    model = build_model(run)
     views = view_settings(run)
     kinds = {"image": run.data.images, "pair": run.data.pairs, "text": run.data.texts}
     for kind, items in kinds.items():
@@ -338,12 +349,9 @@ def build(run: Run, out: Path) -> Job:
         for kind, items in kinds.items()
         if items
     ]
-    words = corpus.words(run.data)
-    branches = 2 * run.model.depth if run.model.drop_path else 0
     stored: Mapping[str, Sequence[StoredViews | None]] = {}
     codebook = None
     data_hash = corpus.hash
-    objective: Objective
     if isinstance(run.objective, Masked):
         codebook = make_codebook(run, corpus, views["image"], out)
         if run.objective.views:
@@ -353,16 +361,9 @@ def build(run: Run, out: Path) -> Job:
                 track=partial(track, description="visual tokens", console=CONSOLE),
             )  # fmt: skip
             data_hash += views_hash
-        settings = run.objective
-        collate: Any = MaskedCollate(
-            words=words, grid=run.model.grid, branches=branches, contrast=settings.contrast, joint=settings.joint,
-            image_ratio=settings.image_ratio, text_ratio=settings.text_ratio, pair_ratio=settings.pair_ratio,
-        )  # fmt: skip
-        kind = MaskedAndContrast if settings.contrast else MaskedDataModeling
-        objective = kind(model, codebook, settings.weights)
-    else:
-        collate = DualCollate(words=words, grid=run.model.grid, branches=branches, keep=run.objective.keep)
-        objective = retrieval.ImageTextContrast(model)
+    torch.manual_seed(run.seed)
+    objective, collate = assemble(run, corpus.words(run.data), codebook)
+    model: Any = objective.model
     objective.init_weights()
     if run.init:
         start_from(model, run.init)
