@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from multiway.engine.optim import build_optimizers
 from multiway.engine.train import train
 from multiway.recipes import beit3
 from multiway.run import Run, Schedule
@@ -46,15 +47,16 @@ def masked_run() -> Run:
 def seconds_per_step(runs: dict[str, Run], out: Path) -> dict[str, float]:
     """CPU seconds of one training step (batch, forward, backward, update) of every kind, measured interleaved."""
     jobs = {name: beit3.build(run, out / f"probe-{name}") for name, run in runs.items()}
-    optimizers = {name: torch.optim.AdamW(job.objective.parameters(), fused=True) for name, job in jobs.items()}
+    optimizers = {name: build_optimizers(job.objective, runs[name].optim) for name, job in jobs.items()}
     costs: dict[str, list[float]] = {name: [] for name in runs}
     for step in range(PROBE):
         for name, job in jobs.items():
             begun = time.process_time()
             batch, _ = job.batches.batch(step)
             job.objective(batch, job.objective.counts(batch)).loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
+            for optimizer in optimizers[name]:
+                optimizer.step()
+            job.objective.zero_grad()
             costs[name].append(time.process_time() - begun)
     return {name: statistics.median(values[PROBE // 4 :]) for name, values in costs.items()}
 

@@ -67,6 +67,12 @@ def test_it_is_taken_in_fp32_on_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
 # --- lean -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of these tests are wide enough."""
+    monkeypatch.setattr(fast, "LEAN_WIDTH", 1)
+
+
 def modules() -> tuple[torch.nn.LayerNorm, Linear]:
     torch.manual_seed(0)
     norm, to = torch.nn.LayerNorm(24), Linear(24, 10)
@@ -83,7 +89,7 @@ def plain(x: Tensor, norm: torch.nn.Module, to: Linear, *, gelu: bool) -> Tensor
 @pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (33,), (2, 5)])
 @pytest.mark.parametrize("frozen", ["", "norm", "to", "x"])
-def test_lean_is_its_plain_twin(gelu: bool, rows: tuple[int, ...], frozen: str) -> None:
+def test_lean_is_its_plain_twin(narrow: None, gelu: bool, rows: tuple[int, ...], frozen: str) -> None:
     norm, to = modules()
     norm.requires_grad_(frozen != "norm")
     to.requires_grad_(frozen != "to")
@@ -97,7 +103,7 @@ def test_lean_is_its_plain_twin(gelu: bool, rows: tuple[int, ...], frozen: str) 
 
 @pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lean_is_its_plain_twin_under_autocast(gelu: bool, dtype: torch.dtype) -> None:
+def test_lean_is_its_plain_twin_under_autocast(narrow: None, gelu: bool, dtype: torch.dtype) -> None:
     """Of fp32 rows (the residual stream) and of bf16 rows (a linear map's result)."""
     norm, to = modules()
     x = torch.randn(33, 24).to(dtype).requires_grad_()
@@ -118,7 +124,7 @@ def test_lean_without_a_norm_or_a_bias_is_the_plain_one() -> None:
     assert torch.equal(lean(x, norm, bare), plain(x, norm, bare, gelu=False))
 
 
-def test_lean_keeps_its_input_alone() -> None:
+def test_lean_keeps_its_input_alone(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the rows only x survives the forward; the plain twin keeps what GELU and norm made of it as well."""
     norm, to = modules()
     x = torch.randn(1000, 24, requires_grad=True)
@@ -132,5 +138,7 @@ def test_lean_keeps_its_input_alone() -> None:
 
     assert kept(lean) == x.numel()
     assert kept(plain) == 3 * x.numel()
+    monkeypatch.setattr(fast, "LEAN_WIDTH", 25)
+    assert kept(lean) == 3 * x.numel()
     with torch.no_grad():
         assert lean(x, norm, to).grad_fn is None

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+LEAN_WIDTH = 384
+"""Narrower rows are kept as they are: there the time of the calls is worth more than the memory."""
+
+
 @cache
 def mkl_is_slow() -> bool:
     """Whether torch's fp32 products run at half this processor's rate: MKL keeps AMD processors to AVX2.
@@ -125,9 +129,10 @@ def _normed(x: Tensor, gelu: bool, gain: Tensor, shift: Tensor, eps: float) -> t
 def lean(x: Tensor, norm: nn.Module, to: nn.Linear, *, gelu: bool = False) -> Tensor:
     """``to(norm(x))``, or ``to(norm(GELU(x)))``: with gradients only x is kept, the rest is computed again.
 
-    Half of a block's activations are results of norms and of GELU, which are cheap. x: (..., I) -> (..., O).
+    Half of a block's activations are results of norms and of GELU, which are cheap. x: (..., I) -> (..., O). Rows
+    narrower than LEAN_WIDTH, and what is neither LayerNorm nor biased, take the plain way.
     """
-    lay = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and to.bias is not None
-    if not lay or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    fits = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and to.bias is not None
+    if not fits or to.in_features < LEAN_WIDTH or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return to(norm(F.gelu(x) if gelu else x))
     return LeanLinear.apply(x, norm, gelu, norm.weight, norm.bias, to.weight, to.bias)  # type: ignore[return-value]

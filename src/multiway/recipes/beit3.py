@@ -79,8 +79,8 @@ def quick() -> Run:
 
     Command: ``multiway train beit3.quick --out runs/quick``. Data: handwritten digits in generated scenes, made on the
     spot; or ``--data.root DIR``, any folder of pictures with captions. Sizes and rates are ours, found by prototypes:
-    narrow, few layers, wide initial weights, because in three minutes the number of steps decides. Result: see the
-    README's table, which names the commit.
+    narrow, few layers, wide initial weights, and Muon, whose 800 steps reach further than AdamW's 1,500. Result: see
+    the README's table, which names the commit.
     """
     return Run(
         recipe="beit3.quick",
@@ -114,7 +114,7 @@ def photos() -> Run:
         ),
         objective=Masked(views=4, contrast=True, joint=0.25),
         data=Data(images=32, texts=32, pairs=128, vocab=4096, text_tokens=40, window=40, image_scale=0.4, jitter=0.2),
-        optim=Optim(lr=1e-3, weight_decay=0.1),
+        optim=Optim(lr=1e-3, matrices="muon", weight_decay=0.1),
         schedule=Schedule(steps=1500, warmup=100),
         parallel=Parallel(precision="fp32"),
         checkpoint=Checkpoint(every=250),
@@ -222,7 +222,8 @@ def quick_itc() -> Run:
     """
     run = _itc(quick(), decay=1.0, pairs=128, steps=600, warmup=60)
     model = dataclasses.replace(run.model, drop_path=0.0)
-    return dataclasses.replace(run, model=model, optim=Optim(lr=2e-3), schedule=Schedule(steps=600, warmup=60))
+    optim, schedule = Optim(lr=2e-3, matrices="muon"), Schedule(steps=600, warmup=60)
+    return dataclasses.replace(run, model=model, optim=optim, schedule=schedule)
 
 
 def quick_retrieval() -> Run:
@@ -233,7 +234,8 @@ def quick_retrieval() -> Run:
     """
     run = quick_itc()
     data = dataclasses.replace(run.data, pair_scale=0.5)
-    return dataclasses.replace(run, recipe="beit3.quick_retrieval", data=data, optim=Optim(lr=1e-3, layer_decay=0.85))
+    optim = Optim(lr=1e-3, matrices="muon", layer_decay=0.85)
+    return dataclasses.replace(run, recipe="beit3.quick_retrieval", data=data, optim=optim)
 
 
 def small_itc() -> Run:
