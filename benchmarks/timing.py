@@ -14,8 +14,6 @@ from typing import TypeVar
 
 import torch
 
-from multiway.engine.parallel import keep_memory
-
 DTYPES = ("fp32", "bf16")
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
 """A device that runs behind its host is waited for once in so many steps."""
@@ -36,13 +34,11 @@ def options(text: str | None) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line, set the number of threads, and have memory kept as our engine does."""
+    """Read the command line and set the number of threads."""
     args = parser.parse_args()
     if args.clock == "cpu":
         args.threads = 1
     torch.set_num_threads(args.threads)
-    if args.device == "cpu":
-        keep_memory()  # as every run of ours does; both sides gain
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the reference's convolutions too
     return args
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from multiway.engine.checkpoint import newest
 from multiway.engine.train import train
 from multiway.errors import ConfigError
+from multiway.nn.linear import LEAN_WIDTH
 from multiway.run import Checkpoint, Log, Optim, Parallel, Run
 from tests.engine.ranks import Crash, Ranks, kill_seed, outcome, run_tiny
-from tests.engine.tiny import SIZES, Twist, build, left, rows, tiny
+from tests.engine.tiny import MODEL, SIZES, Twist, build, left, rows, tiny
 
 STEPS = 16
 
@@ -209,8 +210,9 @@ def test_micro_batches_times_processes_make_the_same_step(tmp_path: Path) -> Non
 
 
 def test_muon_is_that_of_one_process_and_survives_a_kill(tmp_path: Path) -> None:
-    """It needs whole matrices: on two processes each holds half of every one."""
-    run = tiny(6, optim=Optim(lr=3e-3, matrices="muon", layer_decay=0.9, ema=0.9), checkpoint=Checkpoint(every=2))
+    """It needs whole matrices: on two processes each holds half of every one. Rows are wide enough for `lean`."""
+    optim = Optim(lr=3e-3, matrices="muon", layer_decay=0.9, ema=0.9)
+    run = tiny(6, model=dataclasses.replace(MODEL, hidden=LEAN_WIDTH), optim=optim)
     one, two = (curve(world, run, tmp_path / str(world), Twist()) for world in (1, 2))
     assert two == pytest.approx(one, rel=1e-5)
     assert one[-1] < one[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -218,30 +217,3 @@ def test_alone_there_is_nothing_to_exchange() -> None:
 
 def _refuse(message: str) -> None:
     raise ConfigError(message)
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-FAULTS = """
-import resource, sys, torch
-from multiway.engine.parallel import start
-start(threads=1)
-torch.ones(2**22)  # 16 MiB
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(50):
-    torch.ones(2**22)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_memory_is_kept_for_the_next_step_unless_the_environment_says_otherwise() -> None:
-    """Counted in pages that the system hands out: each is a zeroed one."""
-
-    def faults(**env: str) -> int:
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        command = [sys.executable, "-c", FAULTS]
-        return int(subprocess.run(command, env=plain | env, capture_output=True, text=True, check=True).stdout)
-
-    assert faults() < 5_000
-    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 50 * 2_000

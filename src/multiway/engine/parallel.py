@@ -6,10 +6,8 @@ over gloo on the CPU, so it never waits for the device.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,9 +29,6 @@ T = TypeVar("T")
 
 TIMEOUT_SECONDS = 300.0
 """How long a rank waits for another before it ends with the collective's error; ``MULTIWAY_TIMEOUT`` overrides it."""
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Options of glibc's allocator (malloc.h): the most free memory it keeps, the least it takes from the system apart."""
 
 PATIENCE = timedelta(days=1)
 """How long ranks wait for the first to make what is made once: an index, a codebook, stored views."""
@@ -135,8 +130,6 @@ def start(threads: int | None) -> Process:
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        keep_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     if world == 1:
@@ -145,19 +138,6 @@ def start(threads: int | None) -> Process:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
     return Process(dist.get_rank(), world, device, control)
-
-
-def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step (glibc; elsewhere nothing happens).
-
-    It would give large blocks back to the system, which zeroes every page of them anew in each step: 5 to 8 % of a base
-    model's step. A choice made with glibc's environment variables, ``MALLOC_...``, stands.
-    """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not chosen:
-        library = ctypes.CDLL(None)
-        for option, most in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            library.mallopt(option, most)
 
 
 def spread(objective: Objective, process: Process, parallel: Parallel) -> None:

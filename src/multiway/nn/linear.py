@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 LEAN_WIDTH = 384
 """Narrower rows are kept as they are: there the time of the calls is worth more than the memory."""
 
