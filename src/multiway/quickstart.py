@@ -139,7 +139,7 @@ def probe(settings: Run, job: Job, most: int, steps: int | None) -> Run:
     """
     if torch.cuda.is_available():
         return dataclasses.replace(settings, parallel=dataclasses.replace(settings.parallel, threads=most))
-    drawn = (batch for batch, _ in iterate(job.batches, range(settings.schedule.steps)))
+    drawn = (batch for batch, _ in iterate(job.batches, range((len(THREADS) + 1) * (ROUNDS + 2))))
     threads, fp32 = fastest(job, drawn, most)
     torch.set_num_threads(threads)
     bf16 = statistics.median(step_seconds(job, next(drawn), learn=True, bf16=True) for _ in range(ROUNDS))

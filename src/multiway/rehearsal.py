@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from multiway.data.collate import Sample, Samples, Words
 from multiway.engine.optim import Average, build_optimizers
 from multiway.engine.parallel import recompute
-from multiway.nn import attention
+from multiway.nn import attention, linear
 from multiway.run import Run
 from multiway.types import Across, Batch, Objective, move
 
@@ -241,7 +241,7 @@ class Stage:
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Within, CPU tensors are treated as CUDA treats its own: attention is one operation, norms are fp32."""
-    attend, layer_norm = attention.attend, F.layer_norm
+    attend, layer_norm, native, slow = attention.attend, F.layer_norm, torch.native_layer_norm, linear.mkl_is_slow
 
     def norm(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments, **named)
@@ -249,11 +249,16 @@ def as_on_gpu() -> Iterator[None]:
     def fused(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
-    attention.attend, F.layer_norm = fused, norm
+    def native_norm(x: Tensor, *arguments: Any) -> Any:
+        return native(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments)
+
+    attention.attend, F.layer_norm, torch.native_layer_norm = fused, norm, native_norm
+    linear.mkl_is_slow = lambda: False
     try:
         yield
     finally:
-        attention.attend, F.layer_norm = attend, layer_norm
+        attention.attend, F.layer_norm, torch.native_layer_norm = attend, layer_norm, native
+        linear.mkl_is_slow = slow
 
 
 class Recorder(TorchDispatchMode):

@@ -107,6 +107,12 @@ def test_without_tensorboard_training_goes_on(tmp_path: Path, monkeypatch: pytes
     board.write({"step": 1, "loss": 1.0})
     board.close()
     assert not (tmp_path / "events").exists()
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # installed, but broken
+    board = TensorBoard(tmp_path / "events", 0)
+    board.write({"step": 1, "loss": 1.0})
+    assert not (tmp_path / "events").exists()
     silent = TensorBoard(None, 0)
     silent.write({"step": 1})
     silent.close()

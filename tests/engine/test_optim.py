@@ -226,8 +226,10 @@ def test_orthogonal_keeps_singular_vectors_and_evens_singular_values(shape: tupl
     assert values.min() > 0.6 and values.max() < 1.25
 
 
-def test_muon_updates_as_torchs_own() -> None:
+@pytest.mark.parametrize("together", [2**26, 24 * 8])
+def test_muon_updates_as_torchs_own(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's takes one matrix at a time in bf16; three steps, decay and Nesterov's momentum included."""
+    monkeypatch.setattr("multiway.engine.optim.TOGETHER", together)
     shapes = [(8, 24), (8, 24), (24, 8), (16, 16)]
     ours = [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]

@@ -64,6 +64,15 @@ def test_it_is_taken_in_fp32_on_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert taken == []
 
 
+@needs_onednn
+def test_nothing_has_gradients_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may hide no patch at all; oneDNN has no product of no rows."""
+    monkeypatch.setattr(fast, "mkl_is_slow", lambda: True)
+    module = Linear(8, 6)
+    module(torch.zeros(0, 8)).sum().backward()
+    assert module.weight.grad is not None and not module.weight.grad.any()
+
+
 # --- lean -------------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +131,24 @@ def test_lean_without_a_norm_or_a_bias_is_the_plain_one() -> None:
     assert torch.equal(lean(x, torch.nn.Identity(), to, gelu=True), plain(x, torch.nn.Identity(), to, gelu=True))
     bare = Linear(24, 10, bias=False)
     assert torch.equal(lean(x, norm, bare), plain(x, norm, bare, gelu=False))
+
+
+def test_lean_does_not_bypass_what_is_put_on_a_module(narrow: None) -> None:
+    """Hooks and subclasses (adapters) are called as they would be without it."""
+    norm, to = modules()
+    x = torch.randn(5, 24)
+    expected = plain(x, norm, to, gelu=False)
+    handle = to.register_forward_hook(lambda module, given, found: found + 1)
+    torch.testing.assert_close(lean(x, norm, to), expected + 1)
+    handle.remove()
+
+    class Adapter(Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 2
+
+    adapter = Adapter(24, 10)
+    adapter.load_state_dict(to.state_dict())
+    torch.testing.assert_close(lean(x, norm, adapter), expected + 2)
 
 
 def test_lean_keeps_its_input_alone(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:

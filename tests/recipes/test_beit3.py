@@ -83,6 +83,12 @@ def test_contrast_reads_as_many_patches_as_asked(tmp_path: Path) -> None:
     assert np.isfinite([first["contrast"], second["contrast"]]).all()
 
 
+@pytest.mark.parametrize("keep", ["0", "1.5", "-1"])
+def test_a_share_that_is_none_is_refused(keep: str) -> None:
+    with pytest.raises(ConfigError, match="objective.keep is a share"):
+        config.override(beit3.quick_itc(), [f"--objective.keep={keep}"])
+
+
 def test_photos_trains_on_a_folder_and_evaluates_its_val_split(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     small = ["--model.dim=32", "--model.heads=2", "--model.hidden=32", "--model.depth=2", "--model.image_px=32"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,6 +204,10 @@ class Load:
     stored: Mapping[str, Sequence[StoredViews | None]] = field(default_factory=dict)
     decoder: Decoder = "pillow"
 
+    def __post_init__(self) -> None:
+        if self.decoder == "simplejpeg" and importlib.util.find_spec("simplejpeg") is None:
+            raise ConfigError('data.decoder simplejpeg is not installed: pip install "multiway[fast]"')
+
     def __call__(self, kind: str, source: int, record: int, epoch: int) -> Sample:
         """Read, choose a caption, draw the view."""
         rng = generator(self.seed, kind, source, epoch, record)
@@ -243,20 +248,22 @@ def stored_views(
     Kinds that show pictures alike share them.
     """
     stored: dict[str, list[StoredViews | None]] = {"image": [], "pair": []}
-    hashes = []
+    made: dict[Path, StoredViews] = {}
     for kind, found in stored.items():
         view = dataclasses.replace(views[kind], jitter=0.0)
         name = hashlib.sha256(f"{identity} {view} {each} {seed}".encode()).hexdigest()[:16]
         for number, source in enumerate(corpus.sources[kind]):
             home = source.home or out / "views" / str(number)
-            if source.home and not os.access(home.parents[1], os.W_OK):
+            beside = home.parent if home.parent.exists() else home.parents[1]
+            if source.home and not os.access(beside, os.W_OK):
                 home = out / "views" / hashlib.sha256(str(home).encode()).hexdigest()[:8]
             folder = home / name
-            found.append(
-                store_views(folder, source.image, len(source), tokenizer, view, views=each, seed=seed, track=track)
-            )
-            hashes.append(views_hash(folder))
-    return stored, "".join(hashes)
+            if folder not in made:
+                made[folder] = store_views(
+                    folder, source.image, len(source), tokenizer, view, views=each, seed=seed, track=track
+                )
+            found.append(made[folder])
+    return stored, "".join(views_hash(folder) for folder in made)
 
 
 def fit_patch_codebook(sources: Sequence[Source], codes: int, patch: int, view: View, seed: int) -> np.ndarray:

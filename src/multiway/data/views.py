@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +73,9 @@ def store_views(
     """
     if folder.is_dir():
         return StoredViews.open(folder)
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    temporary.chmod(0o755)
     columns: dict[str, np.ndarray] = {}
     step = max(1, BATCH // views)
     for first in track(range(0, count, step)):
@@ -107,7 +107,7 @@ def store_views(
     except OSError:  # another run was faster
         if not folder.is_dir():
             raise
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
     return StoredViews.open(folder)
 
 

@@ -109,8 +109,11 @@ class TensorBoard:
             return
         if importlib.util.find_spec("tensorboard") is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            CONSOLE.print(f"no event files: tensorboard does not import ({error})")
+            return
         self.writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:

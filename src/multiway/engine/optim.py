@@ -20,6 +20,10 @@ MATCH_ADAMW = 0.2
 """Root mean square of an update, as AdamW's usually is, so that both take the same rate (Moonlight, section 2.2)."""
 
 
+TOGETHER = 2**26
+"""Most elements of matrices that are orthogonalised at once: all of a small model's, a few of a large one's."""
+
+
 class Muon(Optimizer):
     """Momentum whose every matrix is replaced by the nearest orthogonal one: all directions are learned alike fast.
 
@@ -42,10 +46,16 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, matrices in shapes.items():
-                updates = orthogonal(torch.stack([self.momentum(p) for p in matrices]))
-                for p, update in zip(matrices, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(sharded_as(p, update.to(p.dtype)), alpha=-group["lr"] * MATCH_ADAMW * max(shape) ** 0.5)
+                together = max(1, TOGETHER // shape.numel())
+                for first in range(0, len(matrices), together):
+                    self.update(matrices[first : first + together], group)
+
+    def update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """Move matrices of one shape."""
+        rate = group["lr"] * MATCH_ADAMW * max(matrices[0].shape) ** 0.5
+        for p, update in zip(matrices, orthogonal(torch.stack([self.momentum(p) for p in matrices])), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(sharded_as(p, update.to(p.dtype)), alpha=-rate)
 
     def momentum(self, p: Tensor) -> Tensor:
         """Nesterov's momentum of a matrix after its present gradient, whole, in ``dtype``."""

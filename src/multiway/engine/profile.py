@@ -83,6 +83,8 @@ class Profile:
                 self.tell(summarise(trace, range(self.first, self.done + 1), self.facts(path)))
         except OSError as error:
             raise WriteError(f"{path}: cannot write: {error}. Make room, or train without --profile") from error
+        except (ValueError, LookupError, RuntimeError, StopIteration) as error:  # a trace that is not as expected
+            CONSOLE.print(f"no summary of {path}: {error!r}; training goes on")
 
     def facts(self, trace: Path) -> dict[str, Any]:
         """What ran; ``before``: seconds of the last step that was not recorded, None when there was none."""

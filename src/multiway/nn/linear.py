@@ -58,11 +58,12 @@ class OneDNNLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: (..., I), (O, I), (O,) -> (..., O), by the fastest implementation for the device."""
     if (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: it must not trace into what asks for the processor
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and mkl_is_slow()
+        and x.numel()  # oneDNN has no product of nothing
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and mkl_is_slow()
     ):
         return OneDNNLinear.apply(x, weight, bias)  # type: ignore[return-value]
     return F.linear(x, weight, bias)
@@ -129,9 +130,11 @@ def lean(x: Tensor, norm: nn.Module, to: nn.Linear, *, gelu: bool = False) -> Te
     """``to(norm(x))``, or ``to(norm(GELU(x)))``: with gradients only x is kept, the rest is computed again.
 
     Half of a block's activations are results of norms and of GELU, which are cheap. x: (..., I) -> (..., O). Rows
-    narrower than LEAN_WIDTH, and what is neither LayerNorm nor biased, take the plain way.
+    narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a LayerNorm and a biased linear
+    map (adapters, hooks).
     """
-    fits = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and to.bias is not None
+    fits = type(norm) is nn.LayerNorm and type(to) in (Linear, nn.Linear) and to.bias is not None
+    fits = fits and norm.bias is not None and not any(m._forward_hooks or m._forward_pre_hooks for m in (norm, to))
     if not fits or to.in_features < LEAN_WIDTH or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return to(norm(F.gelu(x) if gelu else x))
     return LeanLinear.apply(x, norm, gelu, norm.weight, norm.bias, to.weight, to.bias)  # type: ignore[return-value]

@@ -69,6 +69,10 @@ class Contrast:
 
     keep: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"objective.keep is a share of the patches, above 0 and at most 1, got {self.keep}")
+
 
 # ---------------------------------------------------------------------------------------------------- pre-training
 
@@ -364,7 +368,8 @@ def build(run: Run, out: Path) -> Job:
             )  # fmt: skip
             data_hash += views_hash
     torch.manual_seed(run.seed)
-    objective, collate = assemble(run, corpus.words(run.data), codebook)
+    objective, made = assemble(run, corpus.words(run.data), codebook)
+    collate: Any = made
     model: Any = objective.model
     objective.init_weights()
     if run.init:
