@@ -133,8 +133,9 @@ def lean(x: Tensor, norm: nn.Module, to: nn.Linear, *, gelu: bool = False) -> Te
     narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a LayerNorm and a biased linear
     map (adapters, hooks).
     """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or to.in_features < LEAN_WIDTH:
+        return to(norm(F.gelu(x) if gelu else x))
     fits = type(norm) is nn.LayerNorm and type(to) in (Linear, nn.Linear) and to.bias is not None
-    fits = fits and norm.bias is not None and not any(m._forward_hooks or m._forward_pre_hooks for m in (norm, to))
-    if not fits or to.in_features < LEAN_WIDTH or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not fits or norm.bias is None or any(m._forward_hooks or m._forward_pre_hooks for m in (norm, to)):
         return to(norm(F.gelu(x) if gelu else x))
     return LeanLinear.apply(x, norm, gelu, norm.weight, norm.bias, to.weight, to.bias)  # type: ignore[return-value]
