@@ -126,6 +126,14 @@ def _normed(x: Tensor, gelu: bool, gain: Tensor, shift: Tensor, eps: float) -> t
     return active, *torch.native_layer_norm(active, gain.shape, gain, shift, eps)  # type: ignore[return-value]
 
 
+def can_be_lean(norm: nn.Module, to: nn.Linear) -> bool:
+    """Whether these are wide, and nothing but a LayerNorm and a linear map, each with a bias."""
+    if to.in_features < LEAN_WIDTH or type(norm) is not nn.LayerNorm or type(to) not in (Linear, nn.Linear):
+        return False
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (norm, to))
+    return norm.bias is not None and to.bias is not None and not hooked
+
+
 def lean(x: Tensor, norm: nn.Module, to: nn.Linear, *, gelu: bool = False) -> Tensor:
     """``to(norm(x))``, or ``to(norm(GELU(x)))``: with gradients only x is kept, the rest is computed again.
 
@@ -133,9 +141,6 @@ def lean(x: Tensor, norm: nn.Module, to: nn.Linear, *, gelu: bool = False) -> Te
     narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a LayerNorm and a biased linear
     map (adapters, hooks).
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or to.in_features < LEAN_WIDTH:
-        return to(norm(F.gelu(x) if gelu else x))
-    fits = type(norm) is nn.LayerNorm and type(to) in (Linear, nn.Linear) and to.bias is not None
-    if not fits or norm.bias is None or any(m._forward_hooks or m._forward_pre_hooks for m in (norm, to)):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not can_be_lean(norm, to):
         return to(norm(F.gelu(x) if gelu else x))
     return LeanLinear.apply(x, norm, gelu, norm.weight, norm.bias, to.weight, to.bias)  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_BYTES = 2**28
 """Of fp32 logits that may exist at once, 256 MiB. In smaller parts the gradient of a large vocabulary, which every part
-adds to, takes longer than the products (performance.md 3a)."""
+adds to, takes longer than the products."""
 
 
 def masked_cross_entropy(

@@ -65,7 +65,7 @@ class Masked:
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
     """Match pictures and texts, each encoded alone. ``keep``: share of the patches of each picture that are read while
-    training; half of them makes a step about half as long, and a short tuning with all recovers most (FLIP)."""
+    training: fewer make shorter steps, and a short tuning with all of them recovers most (FLIP, arXiv 2212.00794)."""
 
     keep: float = 1.0
 
