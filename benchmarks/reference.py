@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from multiway.engine.parallel import Process, spread
 from multiway.plan import make_plan
 from multiway.run import Parallel
-from multiway.systems.beit3 import PRESETS, WEIGHTS, BEiT3, Config, MaskedDataModeling
+from multiway.systems.beit3 import LAYOUTS, PRESETS, BEiT3, Config, MaskedDataModeling
 from multiway.weights.rename import to_ours
 
 STUBS = Path(__file__).parents[1] / "tests" / "parity" / "stubs"
@@ -98,7 +98,7 @@ def build_ours(shape: Config, reference: nn.Module, device: str, parallel: Paral
         model = BEiT3(shape)
     theirs = {f"beit3.{name}": value for name, value in reference.state_dict().items()}
     heads = {name: value for name, value in model.state_dict().items() if name.startswith(("mlm_head", "mim_head"))}
-    model.load_state_dict(to_ours(theirs | heads, WEIGHTS, model.state_dict()))
+    model.load_state_dict(to_ours(theirs | heads, LAYOUTS["official"], model.state_dict()))
     place(model, device, parallel)
     return model
 

@@ -163,7 +163,7 @@ def test_a_wrapped_model_is_saved_as_what_it_is_and_a_foreign_one_is_not(made, t
     model.__class__ = type("FSDPBEiT3", (type(model),), {"__module__": "elsewhere"})
     save_pretrained(model, tmp_path / "model", tokenizer=made.tokenizer, preprocessor={"text_tokens": 16})
     assert load(tmp_path / "model").fingerprint == made.fingerprint
-    with pytest.raises(ConfigError, match="Linear is no model of multiway.systems, which has beit3"):
+    with pytest.raises(ConfigError, match="Linear is no model of multiway.systems, which has .*beit3"):
         save_pretrained(torch.nn.Linear(1, 1), tmp_path / "other")
 
 
@@ -215,7 +215,7 @@ def test_create_model_takes_weights_that_fit(made, folder):
         ("config.json", {"depht": 2}, "unknown setting 'depht'; did you mean 'depth'"),
         ("config.json", {"depth": "two"}, "depth"),
         ("config.json", {"depth": {"class_path": "os.system", "init_args": {"command": "true"}}}, "depth"),
-        ("config.json", {"system": "os"}, "system 'os' in format 1, expected one of beit3"),
+        ("config.json", {"system": "os"}, "system 'os' in format 1, expected one of "),
         ("config.json", {"system": ...}, "system None"),
         ("config.json", {"format": 2}, "later version"),
         ("config.json", {"heads": 5}, "dim divisible by heads"),

@@ -83,10 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     own = command("evaluate", evaluate, "measure a model on a task")
     own.add_argument("model", help="a model folder, a run folder, or a hub id")
-    own.add_argument("--task", required=True, choices=("retrieval", "zero_shot"))
     own.add_argument(
-        "--data", help="pictures with captions (retrieval) or in folders by class (zero_shot); none = scenes"
+        "--task", required=True, choices=("retrieval", "zero_shot", "image_classification", "linear_probe")
     )
+    own.add_argument("--data", help="pictures with captions (retrieval) or in folders by class; none = embedded scenes")
     own.add_argument("--split", help="which split of the data")
     own.add_argument(
         "--prompt", action="append", help="zero_shot: a template such as 'a photo of a {}'; may be repeated"

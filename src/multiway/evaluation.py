@@ -8,20 +8,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from multiway import pretrained
 from multiway.data import builtin
 from multiway.data.collate import Sample, Samples
 from multiway.data.index import Index, build
 from multiway.data.order import generator
-from multiway.data.prepare import Source
-from multiway.errors import DataError
+from multiway.data.prepare import Source, digit_corpus, splits
+from multiway.errors import ConfigError, DataError
 from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Pretrained
-from multiway.tasks import fill, retrieval, zero_shot
+from multiway.tasks import fill, image_classification, linear_probe, retrieval, zero_shot
 from multiway.tasks.needs import check
 from multiway.types import Batch
+
+TASKS = {
+    "retrieval": retrieval.ImageTextContrast.needs,
+    "zero_shot": zero_shot.NEEDS,
+    "image_classification": image_classification.NEEDS,
+    "linear_probe": image_classification.NEEDS,
+}
+"""What `evaluate_model` measures, and what a model must encode for it."""
+
+BATCH = 64
+FOLD = 5
 
 HELD_OUT = 1000
 """Embedded held-out scenes, and pictures of a validation split, that are measured on at most."""
@@ -33,20 +46,25 @@ def evaluate_model(
     """Figures of a model on a task.
 
     ``source``: a model folder, a run folder (its ``final/`` is taken) or a hub id; ``task``: ``retrieval`` (pictures
-    with captions) or ``zero_shot`` (pictures in folders named after their class); ``data``: None = the embedded
-    held-out scenes; ``prompts``: zero-shot templates with ``{}`` for the class.
+    with captions), ``zero_shot``, ``image_classification`` or ``linear_probe`` (pictures in folders named after their
+    class); ``data``: None = embedded scenes; ``prompts``: zero-shot templates with ``{}`` for the class.
 
     An evaluation tolerates no bad record: it raises DataError (65) and names it.
     """
     folder = Path(source) / "final"
     model = pretrained.load(folder if folder.is_dir() else source)
-    needs = {"retrieval": retrieval.ImageTextContrast.needs, "zero_shot": zero_shot.NEEDS}[task]
-    check(model.model, needs, task)
-    if data is None:
+    check(model.model, TASKS[task], task)
+    if task == "linear_probe":
+        return probe_of(model, data, split)
+    if data is None and task != "image_classification":
         return retrieval_of_scenes(model) if task == "retrieval" else zero_shot_of_scenes(model)
+    if data is None:
+        raise ConfigError("image_classification needs --data: pictures in folders named after their class")
     with indexed(model, data, split) as index:
         if task == "retrieval":
             return retrieval_of(model, index.sources)
+        if task == "image_classification":
+            return classification_of(model, index)
         return zero_shot_of(model, index, prompts or ("{}",))
 
 
@@ -86,7 +104,7 @@ def retrieval_of(model: Pretrained, sources: Iterable[Source], most: int | None 
             strings = source.strings(record)
             owner += [len(images)] * len(strings)
             captions += strings
-            images.append(model.picture(source.image(record, model.preprocessor.image_px)))
+            images.append(model.picture(source.image(record, model.source_px)))
     if not images:
         raise DataError("no picture has a caption: retrieval needs pairs")
     return retrieval.evaluate(model.encode_image, model.encode_text, torch.stack(images), captions, owner)
@@ -94,16 +112,75 @@ def retrieval_of(model: Pretrained, sources: Iterable[Source], most: int | None 
 
 def zero_shot_of(model: Pretrained, index: Index, prompts: Sequence[str]) -> dict[str, Any]:
     """Naming the class of pictures, which is the name of their folder; ``prompts``: templates with ``{}``."""
+    images, labels = labelled(model, index, "zero_shot")
+    texts = [[prompt.replace("{}", name.replace("_", " ")) for prompt in prompts] for name in index.labels]
+    return dict(zero_shot.evaluate(model.encode_image, model.encode_text, images, labels, texts))
+
+
+def labelled(model: Pretrained, index: Index, task: str) -> tuple[Tensor, list[int]]:
+    """All pictures that have a class, as the model sees them, uint8 (N, 3, H, W), and the numbers of their classes."""
     images, labels = [], []
     for source in index.sources:
         for record in range(len(source)) if source.kind != "text" else ():
             if (label := source.label(record)) is not None:
-                images.append(model.picture(source.image(record, model.preprocessor.image_px)))
+                images.append(model.picture(source.image(record, model.source_px)))
                 labels.append(label)
     if not images:
-        raise DataError("no picture lies in a folder named after its class: zero_shot needs labels")
-    texts = [[prompt.replace("{}", name.replace("_", " ")) for prompt in prompts] for name in index.labels]
-    return dict(zero_shot.evaluate(model.encode_image, model.encode_text, torch.stack(images), labels, texts))
+        raise DataError(f"no picture lies in a folder named after its class: {task} needs labels")
+    return torch.stack(images), labels
+
+
+def classification_of(model: Pretrained, index: Index) -> dict[str, Any]:
+    """Accuracy of a model's own classifier on pictures whose classes are named as the model's."""
+    images, labels = labelled(model, index, "image_classification")
+    known = model.preprocessor.labels or list(index.labels)
+    shape: Any = model.model.config
+    unknown = [name for name in index.labels if name not in known]
+    if unknown or len(known) != shape.classes:
+        raise ConfigError(
+            f"the model has {shape.classes} classes ({', '.join(known[:5])}, ...), the data {len(index.labels)}, of "
+            f"which the model does not know {', '.join(unknown[:5]) or 'the order'}"
+        )
+    truth = torch.tensor([known.index(index.labels[label]) for label in labels])
+    with torch.inference_mode():
+        return dict(
+            image_classification.evaluate(model.model, zip(images.split(BATCH), truth.split(BATCH), strict=True))
+        )
+
+
+def probe_of(model: Pretrained, data: str | None, split: str | None) -> dict[str, Any]:
+    """Linear and nearest-neighbour accuracy on frozen features of pictures with classes.
+
+    Fitted on the split ``train`` and tested on ``val``; of data without these, or of one named split, every fifth
+    picture is the test. No data = embedded digits, those of other writers being the test.
+    """
+    if data is None:
+        parts = [digit_corpus(0).sources["image"][0], digit_corpus(0, held_out=True).sources["image"][0]]
+        images = [torch.stack([model.picture(own.image(i)) for i in range(len(own))]) for own in parts]
+        labels = [np.array([own.label(i) for i in range(len(own))]) for own in parts]
+        return dict(linear_probe.evaluate(features(model, images[0]), labels[0], features(model, images[1]), labels[1]))
+    if split is None and not (Path(data) / "manifest.json").is_file() and splits(data) == ["train", "val"]:
+        with indexed(model, data, "train") as fit, indexed(model, data, "val") as test:
+            (own, y), (other, truth) = (labelled(model, index, "linear_probe") for index in (fit, test))
+            if missing := set(test.labels) - set(fit.labels):
+                raise DataError(f"classes of val that train has not: {', '.join(sorted(missing)[:5])}")
+            truth = [fit.labels.index(test.labels[label]) for label in truth]
+        return dict(linear_probe.evaluate(features(model, own), y, features(model, other), truth))
+    with indexed(model, data, split) as index:
+        images, labels = labelled(model, index, "linear_probe")
+    test = torch.arange(len(images)) % FOLD == 0
+    found, y = features(model, images), np.asarray(labels)
+    return dict(linear_probe.evaluate(found[~test], y[~test.numpy()], found[test], y[test.numpy()]))
+
+
+def features(model: Pretrained, images: Tensor) -> Tensor:
+    """What a classifier would read of pictures uint8 (N, 3, H, W): float32 (N, D)."""
+    encoder: Any = model.model
+    with torch.inference_mode():
+        found = [
+            encoder.pool(encoder.encode(image=some.to(model.device))).float().cpu() for some in images.split(BATCH)
+        ]
+    return torch.cat(found).clone()
 
 
 @contextmanager

@@ -107,6 +107,13 @@ class Plan:
                 runs.append((name, rows))
         return runs
 
+    def equal_length(self, modality: str) -> int | None:
+        """Tokens of every sequence of a modality that only samples of one kind have, alone and all equally long."""
+        own = [segment for segment in self.segments if segment.modality == modality]
+        groups = [group for group in self.groups if group.kind == own[0].kind]
+        alone = len(own) == len(groups) == 1 and own[0].rows == groups[0].rows
+        return groups[0].length if alone and groups[0].index is None else None
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """Return the plan with its tensors on ``device``."""
         return self._each(lambda x: x.to(device, non_blocking=non_blocking))
@@ -143,6 +150,14 @@ class Tokens:
         """First token of every sequence of a modality (the class token): (B, D)."""
         return self.values.index_select(0, self.plan.starts[modality])
 
+    def mean(self, modality: str, skip: int = 0) -> Tensor:
+        """Mean of the tokens of every sequence of a modality, without its first ``skip``: (B, D)."""
+        values, pad = self.dense(modality)
+        if self.plan.equal_length(modality):
+            return values[:, skip:].mean(1)
+        keep = ~pad[:, skip:, None]
+        return (values[:, skip:] * keep).sum(1) / keep.sum(1)
+
     def rows(self, index: Tensor) -> Tensor:
         """The rows at ``index`` (M,): (M, D)."""
         return self.values.index_select(0, index)
@@ -150,6 +165,9 @@ class Tokens:
     def dense(self, modality: str) -> tuple[Tensor, Tensor]:
         """A modality as a padded batch: values (B, N, D), zero at padding, and pad (B, N), True = padding."""
         start, stop = self.plan.extent(modality)
+        if length := self.plan.equal_length(modality):
+            values = self.values[start:stop].view(-1, length, self.values.shape[1])
+            return values, torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
         first = self.plan.starts[modality] - start
         position = self.plan.position[start:stop]
         sequence = torch.searchsorted(first, torch.arange(stop - start, device=first.device), right=True) - 1
@@ -158,6 +176,12 @@ class Tokens:
         values = values.index_put((sequence, position), self.values[start:stop])
         pad = torch.ones(len(first), length, dtype=torch.bool, device=first.device)
         return values, pad.index_put((sequence, position), torch.zeros((), dtype=torch.bool, device=first.device))
+
+
+def dense_tokens(x: Tensor, modality: str = "image") -> Tokens:
+    """Sequences of equal length, (B, N, D), as tokens."""
+    plan = make_plan({modality: {modality: np.full(len(x), x.shape[1])}})
+    return Tokens(x.flatten(0, 1), plan.to(x.device))
 
 
 Lengths = Sequence[int] | np.ndarray

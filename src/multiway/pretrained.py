@@ -17,8 +17,8 @@ import itertools
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from multiway import config as settings
 from multiway import systems
+from multiway.data.image import View
 from multiway.data.picture import Picture, whole_picture
 from multiway.data.records import parse_json
 from multiway.data.text import TextTokenizer
@@ -53,15 +54,19 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 class Preprocessor:
     """How pictures and texts become inputs: the content of ``preprocessor_config.json``.
 
-    ``image_px``: side in pixels; ``mean``, ``std``: per RGB channel in [0, 1], what the model itself subtracts and
-    divides by (stated for other programs); ``interpolation``: of the resize, always antialiased; ``text_tokens``:
-    longest text with its ``<s>`` and ``</s>``; then the tokenizer's special ids, None without one.
+    ``image_px``: side in pixels, or height and width; ``mean``, ``std``: per RGB channel in [0, 1], what the model
+    itself subtracts and divides by (stated for other programs); ``interpolation``: of the resize, always antialiased;
+    ``share``: of the shorter side that is looked at, in the centre, None = the whole picture squeezed;
+    ``labels``: names of the classes of a classifier, in order; ``text_tokens``: longest text with its ``<s>`` and
+    ``</s>``; then the tokenizer's special ids, None without one.
     """
 
-    image_px: int
+    image_px: int | tuple[int, int]
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: Literal["bicubic"] = "bicubic"
+    share: float | None = None
+    labels: list[str] = field(default_factory=list)
     text_tokens: int = TEXT_TOKENS
     bos: int | None = None
     pad: int | None = None
@@ -77,13 +82,18 @@ class Preprocessor:
         """
         ids: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in ("bos", "pad", "eos", "unk", "hide")}
         longest = getattr(shape, "text_positions", TEXT_TOKENS + 2) - 2
-        usual = cls(image_px=shape.image_px, text_tokens=min(TEXT_TOKENS, longest), **ids)
+        usual = cls(
+            image_px=shape.image_px, mean=shape.mean, std=shape.std, share=getattr(shape, "share", None),
+            text_tokens=min(TEXT_TOKENS, longest), **ids,
+        )  # fmt: skip
         result = settings.apply(usual, given or {})
         fixed = ("image_px", "mean", "std", *ids)
         wrong = {name: getattr(result, name) for name in fixed if getattr(result, name) != getattr(usual, name)}
         if wrong:
             expected = {name: getattr(usual, name) for name in wrong}
             raise ConfigError(f"preprocessor says {wrong}, but the model and its tokenizer have {expected}")
+        if result.labels and len(result.labels) != shape.classes:
+            raise ConfigError(f"preprocessor: {len(result.labels)} labels, but the model has {shape.classes} classes")
         if not 2 <= result.text_tokens <= longest:
             raise ConfigError(f"preprocessor: text_tokens is {result.text_tokens}, expected 2 to {longest}")
         if tokenizer is not None and tokenizer.vocab > getattr(shape, "vocab", tokenizer.vocab):
@@ -120,12 +130,30 @@ class Pretrained:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def source_px(self) -> int:
+        """Side to decode pictures at, at least, so that nothing is enlarged."""
+        return View(px=self.preprocessor.image_px, share=self.preprocessor.share).source_px
+
     def picture(self, picture: Picture) -> Tensor:
-        """One picture as the model sees it: uint8 (3, image_px, image_px).
+        """One picture as the model sees it: uint8 (3, H, W) of ``image_px``.
 
         Raises as `whole_picture`.
         """
-        return whole_picture(picture, self.preprocessor.image_px)
+        return whole_picture(picture, self.preprocessor.image_px, self.preprocessor.share)
+
+    def classify(self, images: Picture | Iterable[Picture], *, batch: int = BATCH) -> Tensor:
+        """Probabilities of the classes (N, classes) float32, on the CPU, of one or many pictures; the classes' names
+        are the preprocessor's ``labels``.
+
+        Raises ConfigError for no picture, and for a model without a classifier; otherwise as `picture`.
+        """
+        model: Any = self.model
+        if not getattr(model.config, "classes", 0):
+            raise ConfigError(f"{self.name or type(model).__name__} has no classifier: tune it to classes first")
+        return _joined(
+            [model.classify(some).float().softmax(-1).cpu() for some in self._batches(images, batch)], "picture"
+        )
 
     def encode_image(self, images: Picture | Iterable[Picture], *, batch: int = BATCH) -> Tensor:
         """Unit vectors (N, D) float32, on the CPU, of one or many pictures; also of uint8 (N, 3, H, W).
@@ -133,16 +161,19 @@ class Pretrained:
         Raises ConfigError for no picture at all, otherwise as `picture`.
         """
         model: Any = self.model
+        some = self._batches(images, batch)
+        return _joined([model.embed(model.encode(image=own), "image").float().cpu() for own in some], "picture")
+
+    def _batches(self, images: Picture | Iterable[Picture], batch: int) -> Iterator[Tensor]:
+        """Pictures as the model sees them, on its device; whoever takes one computes in its precision meanwhile."""
         single = isinstance(images, str | Path | bytes | Image.Image) or (
             isinstance(images, Tensor) and images.ndim == 3
         )
         items = iter([images] if single else images)  # type: ignore[arg-type]
-        vectors = []
         while some := list(itertools.islice(items, batch)):
             pixels = torch.stack([self.picture(item) for item in some]).to(self.device)
             with torch.inference_mode(), self._precision():
-                vectors.append(model.embed(model.encode(image=pixels), "image").float().cpu())
-        return _joined(vectors, "picture")
+                yield pixels
 
     def encode_text(self, texts: str | Sequence[str], *, batch: int = BATCH) -> Tensor:
         """Unit vectors (N, D) float32, on the CPU, of one or many texts; texts of like length are computed together.

@@ -28,7 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from multiway.data.collate import Sample, Samples, Words
 from multiway.engine.optim import Average, build_optimizers
 from multiway.engine.parallel import recompute
-from multiway.nn import attention, linear
+from multiway.nn import attention, block, linear
+from multiway.nn.pixels import sides
 from multiway.run import Run
 from multiway.types import Across, Batch, Objective, move
 
@@ -114,7 +115,7 @@ def make_samples(run: Run, items: Mapping[str, int], tokens: Mapping[str, int]) 
     to one and a half times as many; of kinds not in ``tokens`` they are as long as the run allows.
     """
     longest = {"image": 2, "pair": run.data.text_tokens, "text": run.data.window}
-    patches = math.prod(run.model.grid)
+    patches = math.prod(side // run.model.patch for side in sides(run.model.image_px))
     stored = getattr(run.objective, "views", 0) > 0
     made = {}
     for kind, count in items.items():
@@ -125,6 +126,7 @@ def make_samples(run: Run, items: Mapping[str, int], tokens: Mapping[str, int]) 
                 image=None if kind == "text" else torch.zeros(3, 1, 1, dtype=torch.uint8),
                 text=None if kind == "image" else np.full(length - 2, 3),
                 code=torch.zeros(patches, dtype=torch.int64) if stored and kind != "text" else None,
+                label=0,
                 rng=np.random.default_rng(i),
             )
             for i, length in enumerate(lengths.round().clip(2, longest[kind]).astype(int))
@@ -139,7 +141,13 @@ Assemble = Callable[[Run, Words], tuple[Objective, Callable[[Samples], Batch]]]
 def made_up_words(run: Run) -> Words:
     """A vocabulary of as many words as the model reads."""
     return Words(
-        bos=0, eos=1, mask_id=2, first=3, stop=run.model.vocab, longest=run.data.text_tokens, window=run.data.window
+        bos=0,
+        eos=1,
+        mask_id=2,
+        first=3,
+        stop=getattr(run.model, "vocab", 3),
+        longest=run.data.text_tokens,
+        window=run.data.window,
     )
 
 
@@ -222,7 +230,7 @@ class Stage:
         counts = self.objective.counts(batch)
         with self.fake:
             if "image" in batch:
-                batch["image"] = torch.empty(len(batch["image"]), 3, *[self.run.model.image_px] * 2, dtype=torch.uint8)
+                batch["image"] = torch.empty(len(batch["image"]), 3, *sides(self.run.model.image_px), dtype=torch.uint8)
             return move(batch, self.device), counts
 
     def forward(self, batch: Batch, counts: Mapping[str, float]) -> Tensor:
@@ -234,8 +242,18 @@ class Stage:
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
         """Within, everything is fake and recorded."""
-        with self.fake, as_on_gpu() if self.imitated else nullcontext(), Recorder() as recorder:
+        with self.fake, nothing_skipped(), as_on_gpu() if self.imitated else nullcontext(), Recorder() as recorder:
             yield recorder
+
+
+@contextmanager
+def nothing_skipped() -> Iterator[None]:
+    """Within, stochastic depth skips no work: what is drawn cannot be asked of fake tensors."""
+    skips, block.skips = block.skips, lambda device: False
+    try:
+        yield
+    finally:
+        block.skips = skips
 
 
 @contextmanager
@@ -246,8 +264,9 @@ def as_on_gpu() -> Iterator[None]:
     def norm(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments, **named)
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+    def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        added = None if bias is None else attention.as_mask(bias, q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
 
     def native_norm(x: Tensor, *arguments: Any) -> Any:
         return native(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments)

@@ -17,7 +17,7 @@ class Data:
     of pairs are used. ``image_scale``, ``pair_scale``: smallest share of a picture's area that a crop keeps
     (largest: all). ``flip``: mirror half of the pictures. ``jitter``: strength of brightness, contrast and
     saturation changes. ``text_tokens``: longest text of a pair, with its two specials; ``window``: the same of texts
-    alone. ``vocab``: size of the tokenizer trained on your texts when ``tokenizer`` names no file. ``workers``:
+    alone. ``interpolation``: of crops while training. ``vocab``: size of the tokenizer trained on your texts when ``tokenizer`` names no file. ``workers``:
     loader processes, 0 = inline. ``decoder``: of plain JPEGs; simplejpeg (extra ``fast``) is the faster one.
     ``max_bad``: share of records that may be bad before the run stops (exit 65).
     """
@@ -32,6 +32,7 @@ class Data:
     pair_scale: float = 0.5
     flip: bool = True
     jitter: float = 0.4
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     text_tokens: int = 64
     window: int = 512
     tokenizer: str | None = None
@@ -59,11 +60,18 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up over ``warmup`` steps from 0, then cosine to ``final_lr`` at ``steps``."""
+    """Linear warm-up over ``warmup`` steps from ``first_lr``, then to ``final_lr`` at ``steps``.
+
+    ``shape``: ``cosine``: half a cosine after the warm-up; ``late cosine``: half a cosine of the whole run, on which
+    the warm-up ends with a small jump; ``step``: the peak until seven eighths of the run, then a tenth of it. The last
+    two are SimMIM's (vision.md 2.2, 7.3).
+    """
 
     steps: int = 1_000_000
     warmup: int = 10_000
+    first_lr: float = 0.0
     final_lr: float = 1e-5
+    shape: Literal["cosine", "late cosine", "step"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)

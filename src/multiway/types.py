@@ -18,6 +18,10 @@ A **batch** is a plain ``dict`` with this closed vocabulary (B images, R text to
 | `drop_path` | float32 (2 L, S) | uniform draws in [0, 1) per branch and sample; absent = nothing is dropped |
 | `sample` | int64 (S,) | number of each record in its kind's source, in plan order |
 | `label` | int64 (S,) | class of each sample (fine-tuning tasks) |
+| `erase_box` | int64 (B, 4) | top, left, height, width in pixels of the part to fill with noise; height 0 = none |
+| `erase_noise` | float32 (E,) | what fills them, N(0, 1): (3, height, width) of every box, packed in order |
+| `mix_share` | float32 (B,) | share of itself that each picture keeps, the rest is its neighbour's (2i and 2i + 1) |
+| `mix_box` | int64 (B, 4) | part taken from the neighbour, as ``erase_box``; height 0 = both are blended whole |
 
 Everything random in a batch was drawn when it was collated, from (seed, epoch, record): an objective is a
 deterministic function of its batch.

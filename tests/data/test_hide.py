@@ -1,11 +1,11 @@
-"""What is hidden: exact numbers, blocks as BEiT draws them, words as BERT corrupts them."""
+"""What is hidden: exact numbers, blocks as BEiT draws them, cells, squares, words as BERT corrupts them."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multiway.data.hide import hide_blocks, hide_words, smallest_block
+from multiway.data.hide import hide_blocks, hide_cells, hide_patches, hide_square, hide_words, smallest_block
 from multiway.data.order import generator
 
 FIRST, STOP, MASK = 4, 1000, 3
@@ -89,6 +89,65 @@ def test_blocks_follow_their_generator():
     one, same, other = (hide_blocks((14, 14), 78, 16, generator(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("grid", "cell", "ratio", "cells"),
+    [((48, 48), 8, 0.6, 22), ((14, 14), 2, 0.6, 30), ((12, 12), 3, 0.6, 10), ((6, 9), 3, 0.5, 3), ((8, 8), 1, 0.1, 7)],
+)
+def test_cells_are_hidden_whole(grid, cell, ratio, cells):
+    """The first two are SimMIM's defaults for Swin at 192 px and ViT at 224."""
+    hide = hide_cells(grid, cell, ratio, generator(0))
+    assert hide.dtype == bool and hide.sum() == cells * cell**2
+    whole = hide.reshape(grid[0] // cell, cell, grid[1] // cell, cell).sum((1, 3))
+    assert set(whole.flat) <= {0, cell**2}
+
+
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    cell=st.integers(1, 8),
+    ratio=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_cells_at_the_border_are_cut(height, width, cell, ratio, seed):
+    hide = hide_cells((height, width), cell, ratio, generator(seed)).reshape(height, width)
+    hidden = 0
+    for top in range(0, height, cell):
+        for left in range(0, width, cell):
+            part = hide[top : top + cell, left : left + cell]
+            assert part.all() or not part.any()
+            hidden += bool(part.any())
+    assert hidden == np.ceil(-(-height // cell) * -(-width // cell) * ratio)
+
+
+@pytest.mark.parametrize(("side", "ratio", "keep"), [(14, 0.75, 49), (16, 0.75, 64), (7, 0.6, 19), (4, 0.0, 16)])
+def test_mae_keeps_the_whole_number_below(side, ratio, keep):
+    assert (~hide_patches((side, side), ratio, generator(0))).sum() == keep
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda rng: hide_patches((4, 6), 0.75, rng), lambda rng: hide_cells((4, 6), 1, 0.75, rng)]
+)
+def test_every_patch_is_hidden_as_often(draw):
+    often = np.mean([draw(generator(seed)) for seed in range(2000)], axis=0)
+    assert np.abs(often - 0.75).max() < 0.04  # 4 deviations
+    assert np.array_equal(draw(generator(3)), draw(generator(3)))
+    assert not np.array_equal(draw(generator(3)), draw(generator(4)))
+
+
+def test_a_square_lies_in_the_centre_or_anywhere():
+    central = hide_square((12, 12), 0.4, True, generator(0)).reshape(12, 12)  # side round(sqrt(57.6)) = 8
+    assert central.sum() == 64 and central[2:10, 2:10].all()
+    places = set()
+    for seed in range(400):
+        square = hide_square((12, 10), 0.4, False, generator(seed)).reshape(12, 10)
+        rows, columns = np.flatnonzero(square.any(1)), np.flatnonzero(square.any(0))
+        assert square.sum() == len(rows) * len(columns) == 49  # side round(sqrt(48)) = 7
+        assert np.ptp(rows) == np.ptp(columns) == 6
+        places.add((rows[0], columns[0]))
+    assert len(places) == 6 * 4
+    assert hide_square((3, 20), 0.9, False, generator(0)).sum() == 9  # no longer than the shorter side
 
 
 @pytest.mark.parametrize("count", [-1, 17])

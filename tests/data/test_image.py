@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from multiway.data.augment import RandAugment
 from multiway.data.image import Limits, View, colour_jitter, crop_box, decode, hflip, random_resized_crop, resize
-from multiway.errors import RecordError
+from multiway.errors import ConfigError, RecordError
 from tests.data.raw import encode, noise
 
 
@@ -162,10 +163,14 @@ def test_limits_come_from_the_header():
     assert decode(data, limits=exact).image.shape == (3, 10, 40)
 
 
-def test_resizing_agrees_with_pillow():
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("px", [24, (24, 40), (70, 20)])
+def test_resizing_agrees_with_pillow(px, interpolation):
     picture = noise(61, 47)
-    expected = pixels(picture.resize((24, 24), Image.Resampling.BICUBIC)).int()
-    assert (resize(pixels(picture), 24).int() - expected).abs().max() <= 1
+    size = (px, px) if isinstance(px, int) else px[::-1]
+    expected = pixels(picture.resize(size, Image.Resampling[interpolation.upper()])).int()
+    for image in (pixels(picture), decode(encode(picture)).image):  # the second with its fourth byte
+        assert (resize(image, px, interpolation).int() - expected).abs().max() <= 2
 
 
 @given(
@@ -249,3 +254,65 @@ def test_an_evaluation_view_is_the_whole_picture():
 def test_a_view_asks_for_as_many_pixels_as_its_crops_need():
     assert View(px=224).source_px == 224
     assert View(px=224, scale=(0.5, 0.5)).source_px == 317
+    assert View(px=(160, 224), scale=(0.5, 0.5)).source_px == 317
+    assert View(px=224, share=0.875).source_px == 256
+
+
+def evaluated(picture: Image.Image, shorter: int, px: int) -> torch.Tensor:
+    """The usual evaluation by Pillow: resize the shorter side, crop the centre."""
+    width, height = picture.size
+    size = (shorter, height * shorter // width) if width <= height else (width * shorter // height, shorter)
+    left, top = (round((side - px) / 2) for side in size)
+    return pixels(picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + px, top + px)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 70), (70, 95), (64, 64), (33, 41), (300, 20)])
+@pytest.mark.parametrize(("px", "share", "shorter"), [(56, 0.875, 64), (48, 0.875, 54), (56, 0.9, 62), (48, 1.0, 48)])
+def test_an_evaluation_crop_is_the_centre_of_the_resized_picture(width, height, px, share, shorter):
+    """int(256 / 224 * 56) = 64, int(256 / 224 * 48) = 54, int(56 / .9) = 62."""
+    picture = noise(width, height)
+    seen = View(px=px, share=share)(pixels(picture))
+    assert seen.shape == (3, px, px)
+    assert (seen.int() - evaluated(picture, shorter, px).int()).abs().max() <= 2
+
+
+@given(
+    size=st.tuples(st.integers(1, 80), st.integers(1, 80)),
+    px=st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    share=st.floats(0.3, 1.0),
+)
+def test_an_evaluation_crop_of_any_shape_lies_in_its_picture(size, px, share):
+    image = torch.full((3, *size), 7, dtype=torch.uint8)
+    assert torch.equal(View(px=px, share=share)(image), torch.full((3, *px), 7, dtype=torch.uint8))
+
+
+def test_a_crop_of_another_shape_covers_the_picture_as_far_as_it_can():
+    """A 20 x 60 ramp seen at 10 x 20 is halved, not squeezed: the middle two thirds of its columns are seen."""
+    ramp = (torch.arange(60, dtype=torch.uint8) * 4).expand(3, 20, 60)
+    seen = View(px=(10, 20), share=1.0)(ramp)[0, 5].float()
+    torch.testing.assert_close(seen, 4 * (torch.arange(20) * 2 + 10.5), atol=1.01, rtol=0)
+
+
+@pytest.mark.parametrize("fields", [{"share": 0.9, "scale": (0.5, 1.0)}, {"share": 0.0}, {"share": 1.5}])
+def test_a_share_that_makes_no_sense_is_refused(fields):
+    with pytest.raises(ConfigError, match="share is above 0 and at most 1, and goes without a scale"):
+        View(px=32, **fields)
+
+
+def test_augmentation_comes_after_the_flip_and_instead_of_jitter():
+    image, augment = pixels(noise(40, 30)), RandAugment(chance=1.0)
+    rng = np.random.default_rng(2)
+    rng.random()  # the flip's
+    expected = augment(hflip(resize(image, (24, 32))), rng)
+    view = View(px=(24, 32), flip=1.0, augment=augment, jitter=0.9)
+    assert torch.equal(view(image, np.random.default_rng(2)), expected)
+    with pytest.raises(ValueError, match="needs an rng"):
+        View(px=32, augment=augment)(image)
+
+
+def test_a_random_crop_may_be_bilinear_and_of_any_shape():
+    image = pixels(noise(60, 40))
+    seen = View(px=(16, 24), scale=(0.67, 1.0), interpolation="bilinear")(image, np.random.default_rng(5))
+    top, left, height, width = crop_box(40, 60, (0.67, 1.0), (3 / 4, 4 / 3), np.random.default_rng(5))
+    box = image[:, top : top + height, left : left + width]
+    assert torch.equal(seen, resize(box, (16, 24), "bilinear")) and not torch.equal(seen, resize(box, (16, 24)))

@@ -110,6 +110,9 @@ class Records:
     def key(self, record: int) -> str:
         return f"{self.kind}s/{record:03d}.png"
 
+    def label(self, record: int) -> None:
+        return None
+
     def image(self, record: int, px: int | None = None, decoder: str = "pillow") -> Tensor:
         time.sleep(self.slow)
         if record in self.bad:

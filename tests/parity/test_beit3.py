@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from multiway.plan import make_plan
-from multiway.systems.beit3 import PRESETS, WEIGHTS, BEiT3, Config
+from multiway.systems.beit3 import LAYOUTS, PRESETS, BEiT3, Config
 from multiway.weights.rename import to_ours, to_theirs
 
 pytestmark = [
@@ -49,7 +49,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 def ours(original: dict[str, Tensor]) -> tuple[BEiT3, dict[str, Tensor], Tensor]:
     """Our model with the original's weights, our tokens per kind as padded batches, and the same loss."""
     model = BEiT3(CONFIG)
-    model.load_state_dict(to_ours(group(original, "state"), WEIGHTS, model.state_dict()))
+    model.load_state_dict(to_ours(group(original, "state"), LAYOUTS["official"], model.state_dict()))
     inputs = group(original, "input")
     lengths = {kind: (~inputs[f"{kind}.pad"]).sum(1).tolist() for kind in ("pair", "text")}
     ids = [inputs[f"{kind}.ids"][i, :n] for kind in ("pair", "text") for i, n in enumerate(lengths[kind])]
@@ -94,7 +94,7 @@ def test_gradients_equal_the_originals(original, ours) -> None:
     model, _, loss = ours
     parameters = dict(model.named_parameters())
     got = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)))
-    want = to_ours(group(original, "grad"), WEIGHTS, model.state_dict())
+    want = to_ours(group(original, "grad"), LAYOUTS["official"], model.state_dict())
     assert got.keys() == want.keys()
     for key in want:
         assert want[key].norm() > 0, f"{key} does not take part"
@@ -105,11 +105,11 @@ def test_conversion_is_lossless_both_ways(original) -> None:
     theirs = group(original, "state")
     with torch.device("meta"):
         like = BEiT3(CONFIG).state_dict()
-    converted = to_ours(theirs, WEIGHTS, like)
-    back = to_theirs(converted, WEIGHTS)
+    converted = to_ours(theirs, LAYOUTS["official"], like)
+    back = to_theirs(converted, LAYOUTS["official"])
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[key], theirs[key]) for key in theirs)
-    again = to_ours(back, WEIGHTS, like)
+    again = to_ours(back, LAYOUTS["official"], like)
     assert all(torch.equal(again[key], converted[key]) for key in converted)
 
 
@@ -118,6 +118,6 @@ def test_base_and_large_have_the_originals_keys_and_shapes(tmp_path: Path) -> No
     heads = {"mlm_head.weight", "mlm_head.bias", "mim_head.weight", "mim_head.bias"}
     for size, want in json.loads((tmp_path / "keys.json").read_text()).items():
         with torch.device("meta"):
-            state = to_theirs(BEiT3(PRESETS[f"beit3_{size}_patch16_224"]).state_dict(), WEIGHTS)
+            state = to_theirs(BEiT3(PRESETS[f"beit3_{size}_patch16_224"]).state_dict(), LAYOUTS["official"])
         got = {key: list(value.shape) for key, value in state.items()}
         assert got == want | {key: got[key] for key in heads}

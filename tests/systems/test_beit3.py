@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multiway.errors import ConfigError
 from multiway.plan import make_plan
-from multiway.systems.beit3 import PRESETS, WEIGHTS, BEiT3, Config, MaskedDataModeling
+from multiway.systems.beit3 import LAYOUTS, PRESETS, BEiT3, Config, MaskedDataModeling
 from multiway.weights.rename import to_theirs
 from tests.contracts.toys import DECOUPLED, GRID, IMAGE_PX, MASKED, SHARED, randomize, sample
 
@@ -64,13 +64,15 @@ def released(dim: int, depth: int) -> dict[str, tuple[int, ...]]:
 )
 def test_base_and_large_have_the_released_keys_shapes_and_totals(preset, dim, depth, total) -> None:
     model = on_meta(PRESETS[preset])
-    assert {key: tuple(x.shape) for key, x in to_theirs(model.state_dict(), WEIGHTS).items()} == released(dim, depth)
+    assert {key: tuple(x.shape) for key, x in to_theirs(model.state_dict(), LAYOUTS["official"]).items()} == released(
+        dim, depth
+    )
     assert parameters(model) == total
 
 
 def test_a_fused_projection_holds_query_key_value_of_its_modality() -> None:
     model = randomize(BEiT3(DECOUPLED))
-    theirs = to_theirs(model.state_dict(), WEIGHTS)
+    theirs = to_theirs(model.state_dict(), LAYOUTS["official"])
     for expert, modality in (("A", "image"), ("B", "text")):
         for i, name in enumerate(("q", "k", "v")):
             ours = model.encoder.blocks[1].attention.qkv.experts[modality].linear
@@ -84,7 +86,7 @@ def test_retrieval_models_have_the_released_totals(preset: str, total: int) -> N
     config = dataclasses.replace(PRESETS[f"beit3_{preset}_patch16_224"], image_px=384, masked=False, contrast=True)
     model = on_meta(config)
     assert parameters(model) == total
-    state = to_theirs(model.state_dict(), WEIGHTS)
+    state = to_theirs(model.state_dict(), LAYOUTS["official"])
     assert {"vision_head.weight", "language_head.weight", "logit_scale"} <= state.keys()
     assert state["beit3.encoder.embed_positions.A.weight"].shape[0] == 579
 

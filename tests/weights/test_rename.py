@@ -61,6 +61,51 @@ def test_a_tensor_that_cannot_be_sliced_evenly_is_refused() -> None:
         to_theirs({"layer.0.kv.text.bias": torch.zeros(5)}, RULES)
 
 
+WITH_ONES = WeightMap(
+    rules=(("layer.{i}.qkv.bias", "h{i}.q", "h{i}.v"), ("out.{part}", "out.{part}"), ("positions", "pos")),
+    ones={"layer.{i}.qkv.bias": 1, "out.weight": 2, "positions": -1},
+    dropped=("h{i}.index", "teacher.{rest*}"),
+)
+
+
+def test_dimensions_of_size_one_come_and_go() -> None:
+    ours = {
+        "layer.3.qkv.bias": torch.arange(4.0),
+        "out.weight": torch.arange(6.0).view(2, 3),
+        "out.bias": torch.zeros(2),
+        "positions": torch.ones(5, 3),
+    }
+    theirs = to_theirs(ours, WITH_ONES)
+    assert {key: tuple(x.shape) for key, x in theirs.items()} == {
+        "h3.q": (2, 1), "h3.v": (2, 1), "out.weight": (2, 3, 1, 1), "out.bias": (2,), "pos": (1, 5, 3)
+    }  # fmt: skip
+    back = to_ours(theirs, WITH_ONES, ours)
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+    with pytest.raises(ConversionError, match=r"1 of another shape: pos \(5, 3\) instead of \(1, 5, 3\)"):
+        to_ours({**theirs, "pos": torch.ones(5, 3)}, WITH_ONES, ours)
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("h3.index", True),
+        ("h3.4.index", False),
+        ("teacher.a.b.weight", True),
+        ("teacher", False),
+        ("a.h3.index", False),
+    ],
+)
+def test_what_carries_nothing_is_named_and_nothing_else_is_let_through(key: str, known: bool) -> None:
+    ours = {"out.bias": torch.zeros(2)}
+    assert WITH_ONES.drops(key) == known
+    theirs = {"out.bias": torch.zeros(2), key: torch.zeros(1)}
+    if known:
+        assert list(to_ours(theirs, WITH_ONES, ours)) == ["out.bias"]
+    else:
+        with pytest.raises(ConversionError, match=f"1 unexpected: {key}"):
+            to_ours(theirs, WITH_ONES, ours)
+
+
 def test_every_fault_of_a_foreign_file_is_named_with_its_shape() -> None:
     theirs = to_theirs(state(), RULES)
     del theirs["h0.v.A_weight"]

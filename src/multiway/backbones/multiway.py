@@ -5,30 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from multiway.nn.block import Block
 from multiway.plan import Plan, Tokens
 
 
 class MultiwayTransformer(nn.Module):
-    """Built blocks in order, then ``norm`` (which takes (rows, plan)); knows nothing of modalities.
-
-    ``recompute``: how many of the first blocks are run again in the backward instead of keeping their activations.
-    """
+    """Built blocks in order, then ``norm`` (which takes (rows, plan)); knows nothing of modalities."""
 
     def __init__(self, blocks: Sequence[Block], norm: nn.Module) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
-        self.recompute = 0
 
     def forward(self, x: Tensor, plan: Plan, draws: Tensor | None = None) -> Tokens:
         """x: (R, D) in plan order; draws: (2 L, S) uniform draws for stochastic depth, None = none -> Tokens."""
         for i, block in enumerate(self.blocks):
             own = None if draws is None else draws[2 * i : 2 * i + 2]
-            if i < self.recompute and x.requires_grad:
-                x = checkpoint(block, x, plan, own, use_reentrant=False)  # type: ignore[assignment]
-            else:
-                x = block(x, plan, own)
+            x = block(x, plan, own)
         return Tokens(self.norm(x, plan), plan)

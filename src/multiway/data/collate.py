@@ -20,13 +20,14 @@ class Sample:
     """One record as the loader hands it over.
 
     ``image``: uint8 (3, H, W) or None; ``text``: int (N,) ids without specials, or None; ``code``: int64 (P,) visual
-    tokens of exactly this view, or None; ``record``: its number in its source; ``rng``: the sample's own generator,
-    a function of (seed, epoch, record).
+    tokens of exactly this view, or None; ``label``: number of its class, or None; ``record``: its number in its source;
+    ``rng``: the sample's own generator, a function of (seed, epoch, record).
     """
 
     image: Tensor | None = None
     text: np.ndarray | None = None
     code: Tensor | None = None
+    label: int | None = None
     record: int = 0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -97,7 +98,7 @@ class MaskedCollate:
                     targets.append(ids[places])
                     before += len(ids)
         flat = {kind: [sample for sample, _ in entries] for kind, entries in layout.items()}
-        batch: Batch = {"plan": make_plan(lengths), **_common(flat, self.branches)}
+        batch: Batch = {"plan": make_plan(lengths), **basics(flat, self.branches)}
         if hides:
             hide = np.stack(hides)
             batch["image_hide"] = torch.from_numpy(hide)
@@ -154,7 +155,7 @@ class DualCollate:
         patches = self.grid[0] * self.grid[1]
         kept = max(1, round(self.keep * patches))
         lengths = {"image": {"image": [kept + 1] * len(pairs)}, "text": {"text": [len(t) for t in texts]}}
-        batch = {"plan": make_plan(lengths), **_common(apart, self.branches)}
+        batch = {"plan": make_plan(lengths), **basics(apart, self.branches)}
         if kept < patches:
             drawn = np.stack([sample.rng.permutation(patches)[:kept] for sample in pairs])
             batch["image_keep"] = torch.from_numpy(np.sort(drawn, axis=1))
@@ -167,7 +168,7 @@ def _text(sample: Sample) -> np.ndarray:
     return sample.text
 
 
-def _common(samples: Samples, branches: int) -> Batch:
+def basics(samples: Samples, branches: int) -> Batch:
     """What every batch has: pictures, their codes if all are stored, record numbers, draws of stochastic depth."""
     flat = [sample for kind in samples for sample in samples[kind]]
     pictured = [sample for kind in samples if kind != "text" for sample in samples[kind]]

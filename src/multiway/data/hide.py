@@ -1,6 +1,7 @@
-"""What is hidden from the model: block-wise patches (BEiT) and exact numbers of text tokens.
+"""What is hidden from the model: patches in blocks (BEiT), cells (SimMIM), one by one (MAE) or in a square; words.
 
-``hide`` is True where the model must predict. All draws come from the generator of the sample.
+``hide`` is True where the model must predict. All draws come from the generator of the sample. Grids are (rows,
+columns) of patches; a grid of pixels is one of patches of 1.
 """
 
 from __future__ import annotations
@@ -65,6 +66,32 @@ def _add_block(hide: np.ndarray, room: int, min_block: int, rng: np.random.Gener
             block[:] = True
             return added
     return 0
+
+
+def hide_cells(grid: tuple[int, int], cell: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """Hide cells of ``cell`` x ``cell`` patches, ``ceil(cells * ratio)`` of them: bool (P,).
+
+    On a grid that is not whole cells the last cells are cut, so that pictures may differ in hidden patches.
+    Source: vision.md 7.2, SimMIM's mask generator.
+    """
+    rows, columns = (math.ceil(side / cell) for side in grid)
+    hide = (rng.permutation(rows * columns) < math.ceil(rows * columns * ratio)).reshape(rows, columns)
+    return hide.repeat(cell, axis=0).repeat(cell, axis=1)[: grid[0], : grid[1]].reshape(-1)
+
+
+def hide_patches(grid: tuple[int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """Hide patches one by one, all but ``int(P * (1 - ratio))``: bool (P,). Source: vision.md 4.1, MAE."""
+    patches = math.prod(grid)
+    return rng.permutation(patches) >= int(patches * (1 - ratio))
+
+
+def hide_square(grid: tuple[int, int], ratio: float, central: bool, rng: np.random.Generator) -> np.ndarray:
+    """Hide one square of about ``ratio`` of the patches, in the centre or anywhere: bool (P,)."""
+    side = min(*grid, round(math.sqrt(math.prod(grid) * ratio)))
+    top, left = ((length - side) // 2 if central else int(rng.integers(length - side + 1)) for length in grid)
+    hide = np.zeros(grid, dtype=bool)
+    hide[top : top + side, left : left + side] = True
+    return hide.reshape(-1)
 
 
 def hide_words(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from multiway.data.augment import RandAugment
 from multiway.errors import ConfigError, RecordError
 
 BACKGROUND = (255, 255, 255)
@@ -216,15 +217,41 @@ def _upright(rgb: Image.Image, picture: Image.Image, notes: list[str]) -> Image.
     return rgb.transpose(turn)
 
 
-def resize(image: Tensor, px: int) -> Tensor:
-    """Resize uint8 (3, H, W) to (3, px, px): antialiased bicubic, the aspect ratio is not kept."""
-    if image.shape[1:] == (px, px):
+Size = int | tuple[int, int]
+"""Pixels of a square's side, or (height, width)."""
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+def sides(px: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (px, px) if isinstance(px, int) else px
+
+
+def resize(image: Tensor, px: Size, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Resize uint8 (3, H, W) to (3, *sides(px)): antialiased, the aspect ratio is not kept."""
+    if image.shape[1:] == sides(px):
         return image
     stride = image.stride()
     if stride[0] == 1 and stride[2] == 4 and image.storage_offset() % 4 == 0:
         image = image.as_strided((4, *image.shape[1:]), stride)  # with the fourth byte of `decode` nothing is copied
-    sized = F.interpolate(image[None], size=(px, px), mode="bicubic", antialias=True, align_corners=False)
+    sized = F.interpolate(image[None], size=sides(px), mode=interpolation, antialias=True, align_corners=False)
     return sized[0, :3]
+
+
+def centre_crop(image: Tensor, px: Size, share: float, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Resize uint8 (3, H, W) so that its shorter side is int(px / share), and take the centre: (3, px, px).
+
+    For a height and a width: so that it just covers int(side / share) of both. Source: vision.md 2.3, evaluation.
+    """
+    (_, height, width), (h, w) = image.shape, sides(px)
+    covered = int(h / share), int(w / share)
+    if height * covered[1] <= width * covered[0]:  # relatively lower than asked for: the height decides
+        covered = covered[0], width * covered[0] // height
+    else:
+        covered = height * covered[1] // width, covered[1]
+    top, left = round((covered[0] - h) / 2), round((covered[1] - w) / 2)
+    return resize(image, covered, interpolation)[:, top : top + h, left : left + w]
 
 
 def hflip(image: Tensor) -> Tensor:
@@ -255,11 +282,16 @@ def crop_box(
 
 
 def random_resized_crop(
-    image: Tensor, px: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+    image: Tensor,
+    px: Size,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+    interpolation: Interpolation = "bicubic",
 ) -> Tensor:
-    """Crop uint8 (3, H, W) by `crop_box` and resize the crop to (3, px, px)."""
+    """Crop uint8 (3, H, W) by `crop_box` and resize the crop to (3, *sides(px))."""
     top, left, height, width = crop_box(image.shape[1], image.shape[2], scale, ratio, rng)
-    return resize(image[:, top : top + height, left : left + width], px)
+    return resize(image[:, top : top + height, left : left + width], px, interpolation)
 
 
 def colour_jitter(image: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
@@ -282,35 +314,56 @@ def colour_jitter(image: Tensor, strength: float, rng: np.random.Generator) -> T
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """How a picture is shown to a model: ``view(image, rng)`` maps uint8 (3, H, W) to uint8 (3, px, px).
+    """How a picture is shown to a model: ``view(image, rng)`` maps uint8 (3, H, W) to uint8 (3, *sides(px)).
 
-    ``scale``: range of the crop's share of the area, None = the whole picture (evaluation); ``ratio``: range of the
-    crop's width over height; ``flip``: probability of mirroring; ``jitter``: strength of colour jitter, 0 = none. A
-    view without randomness needs no ``rng``.
+    ``scale``: range of the crop's share of the area, None = no random crop; ``ratio``: range of the crop's width over
+    height; ``share``: px over the side that pictures are resized to before their centre is taken, 1 = no larger than
+    needed (evaluation). With neither the whole picture is squeezed. ``flip``: probability of mirroring; ``augment``:
+    what is done then; ``jitter``: strength of colour jitter, 0 = none, and none beside ``augment``. A view without
+    randomness needs no ``rng``. Raises ConfigError for a crop that is both random and central, and for a share that
+    is none.
     """
 
-    px: int
+    px: Size
     scale: tuple[float, float] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    share: float | None = None
+    interpolation: Interpolation = "bicubic"
     flip: float = 0.0
+    augment: RandAugment | None = None
     jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.share is not None and (self.scale is not None or not 0 < self.share <= 1):
+            raise ConfigError(f"a view's share is above 0 and at most 1, and goes without a scale; found {self}")
 
     @property
     def source_px(self) -> int:
         """Side a picture needs so that an average crop is not enlarged: the ``px`` to decode at."""
+        side = max(sides(self.px))
+        if self.share is not None:
+            return math.ceil(side / self.share)
         share = 1.0 if self.scale is None else sum(self.scale) / 2
-        return math.ceil(self.px / math.sqrt(share))
+        return math.ceil(side / math.sqrt(share))
 
     def __call__(self, image: Tensor, rng: np.random.Generator | None = None) -> Tensor:
         """Return the view; the same generator state gives the same view of pictures of the same size."""
         if rng is None:
-            if self.scale or self.flip or self.jitter:
+            if self.scale or self.flip or self.augment or self.jitter:
                 raise ValueError(f"{self} is random and needs an rng")
-            return resize(image, self.px)
+            return self.whole(image)
         if self.scale is None:
-            image = resize(image, self.px)
+            image = self.whole(image)
         else:
-            image = random_resized_crop(image, self.px, self.scale, self.ratio, rng)
+            image = random_resized_crop(image, self.px, self.scale, self.ratio, rng, self.interpolation)
         if self.flip and rng.random() < self.flip:
             image = hflip(image)
+        if self.augment is not None:
+            return self.augment(image, rng)
         return colour_jitter(image, self.jitter, rng) if self.jitter else image
+
+    def whole(self, image: Tensor) -> Tensor:
+        """The picture or its centre, without randomness."""
+        if self.share is None:
+            return resize(image, self.px, self.interpolation)
+        return centre_crop(image, self.px, self.share, self.interpolation)

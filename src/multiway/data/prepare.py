@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from multiway.data import builtin
 from multiway.data.collate import Sample, Words
+from multiway.data.embedded import Digits, Scenes
 from multiway.data.image import Decoder, View, colour_jitter
 from multiway.data.index import Index, build
 from multiway.data.index import Source as Indexed
@@ -24,7 +23,7 @@ from multiway.data.order import generator
 from multiway.data.sources import discover
 from multiway.data.text import TextTokenizer
 from multiway.data.views import StoredViews, store_views, views_hash
-from multiway.errors import ConfigError, MissingInputError
+from multiway.errors import ConfigError, DataError, MissingInputError
 from multiway.run import Data
 
 KINDS = ("image", "pair", "text")
@@ -36,66 +35,51 @@ Half of them hold one digit. Where there are more, colours and places tell scene
 read; among scenes of one digit it has to.
 """
 
+HELD_OUT_DIGITS = 1000
+
+EXAMPLES = 3
+"""Records named in an error about many."""
+
 FIT_PICTURES, FIT_PATCHES = 4_000, 20_000
 """Pictures and patches a patch codebook is fitted on."""
 
 
-class Scenes:
-    """The embedded scenes as a source of pairs."""
-
-    kind = "pair"
-    blocks = None
-    home: Path | None = None
-
-    def __init__(self, scenes: builtin.SceneSet, tokenizer: TextTokenizer) -> None:
-        self.images = torch.from_numpy(scenes.images)
-        self.captions = scenes.captions
-        ids = iter(tokenizer.batch([caption for captions in scenes.captions for caption in captions]))
-        self.ids = [[next(ids) for _ in captions] for captions in scenes.captions]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def key(self, record: int) -> str:
-        """Name of a scene."""
-        return f"scene {record}"
-
-    def image(self, record: int, px: int | None = None, decoder: Decoder = "pillow") -> Tensor:
-        """The scene, uint8 (3, 64, 64)."""
-        return self.images[record]
-
-    def texts(self, record: int) -> list[np.ndarray]:
-        """Its captions."""
-        return self.ids[record]
-
-    def window(self, record: int) -> np.ndarray:
-        """Its first caption."""
-        return self.ids[record][0]
-
-    def strings(self, record: int) -> list[str]:
-        """Its captions as text."""
-        return list(self.captions[record])
-
-
-Source = Indexed | Scenes
+Source = Indexed | Scenes | Digits
 """Records of one kind: of an index, or the embedded scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Everything a run reads: sources and their weights by kind, the tokenizer, and a hash of it all.
+    """Everything a run reads: sources and their weights by kind, the tokenizer, names of classes, a hash of it all.
 
-    Pictures alone and texts alone are those of the pairs where there are no others.
+    Pictures alone and texts alone are those of the pairs where there are no others. ``tokenizer``: None = there are no
+    texts; ``classes``: names of the classes by root, of the roots that have some.
     """
 
     sources: Mapping[str, Sequence[Source]]
     weights: Mapping[str, Sequence[float] | None]
-    tokenizer: TextTokenizer
+    tokenizer: TextTokenizer | None
     hash: str
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes by number; () = no record has one. Raises ConfigError when roots have other classes."""
+        (first, labels), *others = [*self.classes.items()] or [("", ())]
+        for root, found in others:
+            if found != labels:
+                only = sorted(set(found) ^ set(labels))[:3]
+                raise ConfigError(
+                    f"{first} has {len(labels)} classes and {root} has {len(found)}, expected the same ones; not in "
+                    f"both: {', '.join(only)}. Train on one of them, or name their classes alike and index again"
+                )
+        return labels
 
     def words(self, data: Data) -> Words:
-        """What collate needs to know of the vocabulary."""
+        """What collate needs to know of the vocabulary; raises ConfigError without a tokenizer."""
         t = self.tokenizer
+        if t is None:
+            raise ConfigError(f"{data.root} has no texts and data.tokenizer names none: masked words need one")
         return Words(
             bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.unk + 1, stop=t.hide,
             longest=data.text_tokens, window=data.window,
@@ -122,18 +106,35 @@ def scene_corpus(seed: int) -> Corpus:
     )
 
 
+def digit_corpus(seed: int, held_out: bool = False) -> Corpus:
+    """Embedded scenes of one digit each, to be classified: of the training writers, or of those held out."""
+    if held_out:
+        scenes, digits = builtin.one_digit_scenes(HELD_OUT_DIGITS, seed)
+    else:
+        scenes = builtin.scenes("train", SCENES // 2, seed=seed, digits=(1, 1))
+        digits = np.array([objects[0].digit for objects in scenes.objects])
+    return Corpus(
+        sources={"image": [Digits(scenes.images, digits)], "pair": [], "text": []},
+        weights=dict.fromkeys(KINDS),
+        tokenizer=None,
+        hash=hashlib.sha256(scenes.images.tobytes() + digits.tobytes()).hexdigest(),
+        classes={"scenes": tuple(builtin.DIGITS)},
+    )
+
+
 def open_corpus(data: Data, folder: Path, split: str | None = None) -> Corpus:
     """The indexed records of ``data.root`` and ``data.more``; what is not an index yet is indexed below ``folder``.
 
     ``split``: which split to take instead of ``data.split``. One tokenizer serves all roots: ``data.tokenizer``, else
     that of the first index that has texts, else one trained on the first root's texts.
-    Raises ConfigError when indices were made with different tokenizers, DataError (65) over ``data.max_bad``.
+    Pictures alone need none. Raises ConfigError when indices were made with different tokenizers, DataError (65) over
+    ``data.max_bad``.
     """
     assert data.root is not None
     tokenizer = TextTokenizer.load(data.tokenizer) if data.tokenizer else None
     sources: dict[str, list[Source]] = {kind: [] for kind in KINDS}
     weights: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    hashes = []
+    hashes, classes = [], {}
     for root, weight in {data.root: 1.0, **data.more}.items():
         found = _index(Path(root), split or data.split, folder, tokenizer, data)
         if found.tokenizer is not None:
@@ -147,8 +148,8 @@ def open_corpus(data: Data, folder: Path, split: str | None = None) -> Corpus:
             sources[source.kind].append(source)
             weights[source.kind].append(weight)
         hashes.append(found.hash)
-    if tokenizer is None:
-        raise ConfigError(f"{data.root} has no texts and data.tokenizer names none: masked words need one")
+        if found.labels:
+            classes[root] = found.labels
     for kind in ("image", "text"):
         sources[kind] = sources[kind] or sources["pair"]
         weights[kind] = weights[kind] or weights["pair"]
@@ -156,8 +157,26 @@ def open_corpus(data: Data, folder: Path, split: str | None = None) -> Corpus:
         sources=sources,
         weights={kind: own if data.more else None for kind, own in weights.items()},
         tokenizer=tokenizer,
-        hash=hashlib.sha256("".join([*hashes, tokenizer.hash]).encode()).hexdigest(),
+        hash=hashlib.sha256("".join([*hashes, tokenizer.hash if tokenizer else ""]).encode()).hexdigest(),
+        classes=classes,
     )
+
+
+def require_labels(corpus: Corpus) -> None:
+    """Raise DataError unless every picture has a class, ConfigError unless all roots have the same classes.
+
+    Pictures with captions count: of a folder where some have captions and some have none, all are meant.
+    """
+    without, total = [], 0
+    for source in dict.fromkeys([*corpus.sources["image"], *corpus.sources["pair"]]):
+        total += len(source)
+        without += [source.key(record) for record in range(len(source)) if source.label(record) is None]
+    if without or not corpus.labels:
+        first = "".join(f"\n  {key}" for key in without[:EXAMPLES])
+        raise DataError(
+            f"{len(without)} of {total} pictures have no class. Expected one of each: a folder per class, a label "
+            f"column, or KEY.cls in tar shards; then index again. The first:{first}"
+        )
 
 
 def splits(root: str | Path) -> list[str]:
@@ -218,7 +237,8 @@ class Load:
         if kind != "image":
             captions = [origin.window(record)] if origin.kind == "text" else origin.texts(record)
             text = captions[int(rng.integers(len(captions)))]
-        return Sample(image=image, text=text, code=code, record=record, rng=rng)
+        label = None if kind == "text" else origin.label(record)
+        return Sample(image=image, text=text, code=code, label=label, record=record, rng=rng)
 
     def picture(self, kind: str, source: int, record: int, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
         """A view of a picture, and its visual tokens if the view is a stored one."""
@@ -245,13 +265,16 @@ def stored_views(
 
     They are kept in the index, where every run with the same views, seed and image tokenizer finds them; those of
     embedded scenes, or of an index that cannot be written, below ``out``. ``identity``: names the image tokenizer.
-    Kinds that show pictures alike share them.
+    Kinds that show pictures alike share them. Raises ConfigError for a view that is not a bicubic crop of true colours.
     """
-    stored: dict[str, list[StoredViews | None]] = {"image": [], "pair": []}
+    stored: dict[str, list[StoredViews | None]] = {kind: [] for kind in views}
     made: dict[Path, StoredViews] = {}
     for kind, found in stored.items():
-        view = dataclasses.replace(views[kind], jitter=0.0)
-        name = hashlib.sha256(f"{identity} {view} {each} {seed}".encode()).hexdigest()[:16]
+        view = views[kind]
+        if view.share is not None or view.augment is not None or view.interpolation != "bicubic":
+            raise ConfigError(f"stored views are plain bicubic crops: set objective.views to 0; found {view}")
+        drawn = (view.px, view.scale, view.ratio, view.flip)
+        name = hashlib.sha256(f"{identity} {drawn} {each} {seed}".encode()).hexdigest()[:16]
         for number, source in enumerate(corpus.sources[kind]):
             home = source.home or out / "views" / str(number)
             beside = home.parent if home.parent.exists() else home.parents[1]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multiway.data.image import View, crop_box, hflip, resize
+from multiway.data.image import Size, View, crop_box, hflip, resize
 from multiway.data.order import generator
 
 BATCH = 256
@@ -40,14 +40,14 @@ class StoredViews:
         """Map the columns of a folder that `store_views` wrote."""
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in COLUMNS))
 
-    def draw(self, image: Tensor, record: int, px: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, image: Tensor, record: int, px: Size, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """One of the views of a picture, uint8 (3, px, px), and its codes, int64 (P,)."""
         k = int(rng.integers(self.box.shape[1]))
         seen = seen_in(image, self.box[record, k], bool(self.flip[record, k]), px)
         return seen, torch.from_numpy(self.code[record, k].astype(np.int64))
 
 
-def seen_in(image: Tensor, box: Iterable[int], flip: bool, px: int) -> Tensor:
+def seen_in(image: Tensor, box: Iterable[int], flip: bool, px: Size) -> Tensor:
     """The part of a picture in a box (top, left, height, width), mirrored or not: uint8 (3, px, px)."""
     top, left, height, width = (int(x) for x in box)
     seen = resize(image[:, top : top + height, left : left + width], px)

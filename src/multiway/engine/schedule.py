@@ -6,13 +6,19 @@ import math
 
 from multiway.run import Schedule
 
+STEP_AT, STEP_TO = 7 / 8, 0.1
+
 
 def learning_rate(schedule: Schedule, peak: float, step: int) -> float:
-    """Rate of optimiser step ``step`` (from 0): linear from 0 over ``warmup`` steps, half a cosine to ``final_lr``.
+    """Rate of optimiser step ``step`` (from 0): linear over the warm-up, then as the schedule's shape says.
 
-    Source: BEiT's per-step schedule (masked.md 1.8).
+    Source: BEiT's per-step schedule (masked.md 1.8); SimMIM's (vision.md 2.2, 7.3).
     """
     if step < schedule.warmup:
-        return peak * step / max(1, schedule.warmup - 1) if schedule.warmup > 1 else peak
-    share = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+        first = schedule.first_lr
+        return first + (peak - first) * step / (schedule.warmup - 1) if schedule.warmup > 1 else peak
+    if schedule.shape == "step":
+        return peak if step < STEP_AT * schedule.steps else STEP_TO * peak
+    before = schedule.warmup if schedule.shape == "cosine" else 0
+    share = (step - before) / max(1, schedule.steps - before)
     return schedule.final_lr + 0.5 * (peak - schedule.final_lr) * (1 + math.cos(math.pi * min(1.0, share)))

@@ -1,4 +1,4 @@
-"""Top-1 accuracy of classification by scores."""
+"""Accuracy of classification by scores."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def top1(scores: np.ndarray, labels: np.ndarray) -> float:
         raise NumericsError("class scores are not finite: the model has diverged")
     tied = scores == scores.max(1, keepdims=True)
     return float((tied[np.arange(len(labels)), labels] / tied.sum(1)).mean())
+
+
+def topk(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of rows whose label is among the ``k`` highest scores, in [0, 1]; ties count against it.
+
+    Raises NumericsError when a score is not finite.
+    """
+    if not np.isfinite(scores).all():
+        raise NumericsError("class scores are not finite: the model has diverged")
+    own = scores[np.arange(len(labels)), labels][:, None]
+    return float(((scores >= own).sum(1) <= k).mean())

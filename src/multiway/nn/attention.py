@@ -1,4 +1,4 @@
-"""Self-attention over packed rows: projections see one matrix, the softmax sees each sample's own tokens."""
+"""Self-attention, over packed rows (one matrix for projections, each sample its own softmax) and over (B, N)."""
 
 from __future__ import annotations
 
@@ -48,22 +48,29 @@ class Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, inverse, grad), None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax attention, (B, H, N, C) each -> (B, H, N, C), scores scaled by 1/sqrt(C).
 
-    ``keep``: bool, broadcast to (B, H, N, N), True = may attend; None = all. The implementation is chosen by device,
-    dtype and length; visibility is honoured by all of them.
+    ``bias``: broadcast to (B, H, N, N); bool: True = may attend; float: added to the scores; None = nothing. The
+    implementation is chosen by device, dtype and length; visibility is honoured by all of them.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < CPU_BF16_GEMM_LENGTH:
-        return attend_by_gemm(q, k, v, keep)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return attend_by_gemm(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias if bias is None else as_mask(bias, q.dtype))
 
 
-def attend_by_gemm(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+def as_mask(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias as fused attention takes it: bool, or float of the queries' dtype."""
+    return bias if bias.dtype == torch.bool else bias.to(dtype)
+
+
+def attend_by_gemm(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The plain twin of `attend`: two batched products around a softmax, which computes in fp32."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if keep is not None:
-        scores += torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, float("-inf"))
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device).masked_fill_(~bias, float("-inf"))
+        scores = scores + bias.to(q.dtype)
     return scores.softmax(-1) @ v
 
 
@@ -94,3 +101,39 @@ class Attention(nn.Module):
         q, k, v = qkv.view(group.samples, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, C)
         mixed = attend(q, k, v, group.keep).transpose(1, 2).reshape(group.samples * group.length, -1)  # (B N, D)
         return mixed if group.inverse is None else Unpad.apply(mixed, group.inverse)  # type: ignore[return-value]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of every token with all of its sequence: (B, N, D) -> (B, N, D).
+
+    ``qkv``: (..., D) -> (..., 3 D), q, k and v head by head; ``out``: (..., D) -> (..., D); norms belong to them.
+    ``bias``: this layer's own, called without arguments for (H, N, N), or None.
+    """
+
+    def __init__(self, qkv: nn.Module, out: nn.Module, heads: int, bias: nn.Module | None = None) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.out = out
+        self.heads = heads
+        self.bias = bias
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: (B, N, D); bias: as in `attend`, added to the layer's own, None = nothing -> (B, N, D)."""
+        q, k, v = self.split(x)
+        return self.out(attend(q, k, v, self.total(bias)).transpose(1, 2).reshape(x.shape))
+
+    def maps(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """How much every token (row) looks at every other (column): (B, H, N, N), rows sum to 1."""
+        q, k, _ = self.split(x)
+        return attend_by_gemm(q, k, torch.eye(x.shape[1], dtype=q.dtype, device=q.device), self.total(bias))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (B, N, D) -> (B, H, N, C) each."""
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def total(self, bias: Tensor | None) -> Tensor | None:
+        """The given bias and the layer's own."""
+        if self.bias is None:
+            return bias
+        return self.bias() if bias is None else self.bias() + bias

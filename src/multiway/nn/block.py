@@ -1,7 +1,10 @@
-"""The pre-norm residual block with stochastic depth."""
+"""Residual blocks with stochastic depth, over packed rows and over (B, N)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from multiway.plan import Plan
@@ -33,3 +36,58 @@ class Block(nn.Module):
         first, second = (None, None) if draws is None else draws
         x = x + drop_path(self.attention(x, plan), first, self.drop_rate, plan.sample)
         return x + drop_path(self.ffn(x, plan), second, self.drop_rate, plan.sample)
+
+
+def skips(device: torch.device) -> bool:
+    """Whether branches are computed for the samples that take them alone."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def residual(x: Tensor, branch: Callable[[Tensor], Tensor], draw: Tensor | None, rate: float) -> Tensor:
+    """``x + branch(x)``; samples whose draw is below ``rate`` skip the branch, the others' is scaled by 1/(1-rate).
+
+    x: (B, ...); draw: float (B,), uniform in [0, 1), drawn when the batch was made; None = all take it. On a CPU the
+    branch is computed for the samples that take it alone; elsewhere finding them would cost a wait for the device.
+    Source: stochastic depth as in BEiT and Swin, per sample.
+    """
+    if draw is None or rate == 0:
+        return x + branch(x)
+    taken = draw >= rate
+    if skips(x.device) and bool(taken.any()):
+        rows = taken.nonzero()[:, 0]
+        return x.index_add(0, rows, branch(x.index_select(0, rows)).to(x.dtype), alpha=1 / (1 - rate))
+    scale = taken.to(x.dtype) / (1 - rate)
+    return x + branch(x) * scale.view(-1, *[1] * (x.ndim - 1))
+
+
+class Residual(nn.Module):
+    """``x + attention(x)``, then ``x + ffn(x)``, for x (B, ...); where norms are is the branches' business.
+
+    ``scale``: width and first value of LayerScale's factors on every channel of both branches (CaiT, BEiT), None = no
+    factors; ``drop_rate``: of stochastic depth.
+    """
+
+    def __init__(
+        self, attention: nn.Module, ffn: nn.Module, drop_rate: float = 0.0, scale: tuple[int, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.ffn = ffn
+        self.drop_rate = drop_rate
+        self.gamma_1 = None if scale is None else nn.Parameter(torch.full(scale[:1], scale[1]))
+        self.gamma_2 = None if scale is None else nn.Parameter(torch.full(scale[:1], scale[1]))
+
+    def forward(self, x: Tensor, draws: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x: (B, ...); draws: (2, B) of `residual`, of attention and FFN, or None; bias: of attention -> x's shape."""
+        first, second = (None, None) if draws is None else draws
+
+        def attention(kept: Tensor) -> Tensor:
+            branch = self.attention(kept, bias)
+            return branch if self.gamma_1 is None else branch * self.gamma_1
+
+        def ffn(kept: Tensor) -> Tensor:
+            branch = self.ffn(kept)
+            return branch if self.gamma_2 is None else branch * self.gamma_2
+
+        x = residual(x, attention, first, self.drop_rate)
+        return residual(x, ffn, second, self.drop_rate)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from multiway.nn.linear import lean
+from multiway.nn.linear import AnyLinear, lean
 
 
 class NormLinear(nn.Module):
     """LayerNorm, then a linear map: ``linear(norm(x))``; pass ``nn.Identity()`` as ``norm`` for none."""
 
-    def __init__(self, norm: nn.Module, linear: nn.Linear) -> None:
+    def __init__(self, norm: nn.Module, linear: AnyLinear) -> None:
         super().__init__()
         self.norm = norm
         self.linear = linear

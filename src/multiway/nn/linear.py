@@ -77,6 +77,32 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class QueryKeyValue(nn.Module):
+    """The linear map D -> 3 D before attention whose keys have no bias (BEiT; a softmax would not see it).
+
+    ``weight``: (3 D, D), rows of q, k and v; ``q_bias``, ``v_bias``: (D,).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dim, 3 * dim
+        self.weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+
+    @property
+    def bias(self) -> Tensor:
+        """All of it: (3 D,), zero for the keys."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., D) -> (..., 3 D)."""
+        return linear(x, self.weight, self.bias)
+
+
+AnyLinear = nn.Linear | QueryKeyValue
+
+
 class LeanLinear(torch.autograd.Function):
     """`lean`, forward and backward; it keeps x and the weights."""
 
@@ -126,15 +152,17 @@ def _normed(x: Tensor, gelu: bool, gain: Tensor, shift: Tensor, eps: float) -> t
     return active, *torch.native_layer_norm(active, gain.shape, gain, shift, eps)  # type: ignore[return-value]
 
 
-def can_be_lean(norm: nn.Module, to: nn.Linear) -> bool:
+def can_be_lean(norm: nn.Module, to: AnyLinear) -> bool:
     """Whether these are wide, and nothing but a LayerNorm and a linear map, each with a bias."""
-    if to.in_features < LEAN_WIDTH or type(norm) is not nn.LayerNorm or type(to) not in (Linear, nn.Linear):
+    if to.in_features < LEAN_WIDTH or type(norm) is not nn.LayerNorm:
+        return False
+    if type(to) not in (Linear, nn.Linear, QueryKeyValue):
         return False
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (norm, to))
     return norm.bias is not None and to.bias is not None and not hooked
 
 
-def lean(x: Tensor, norm: nn.Module, to: nn.Linear, *, gelu: bool = False) -> Tensor:
+def lean(x: Tensor, norm: nn.Module, to: AnyLinear, *, gelu: bool = False) -> Tensor:
     """``to(norm(x))``, or ``to(norm(GELU(x)))``: with gradients only x is kept, the rest is computed again.
 
     Half of a block's activations are results of norms and of GELU, which are cheap. x: (..., I) -> (..., O). Rows

@@ -340,9 +340,10 @@ def build(run: Run, out: Path) -> Job:
     if run.init and not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))
     corpus = scene_corpus(run.seed) if data.root is None else open_corpus(data, out / "index")
-    if corpus.tokenizer.vocab > run.model.vocab:
+    words, tokenizer = corpus.words(data), corpus.tokenizer
+    if tokenizer is not None and tokenizer.vocab > run.model.vocab:
         raise ConfigError(
-            f"the tokenizer has {corpus.tokenizer.vocab} ids, the model {run.model.vocab}: set model.vocab to at least "
+            f"the tokenizer has {tokenizer.vocab} ids, the model {run.model.vocab}: set model.vocab to at least "
             f"that, or data.vocab to at most {run.model.vocab}"
         )
     views = view_settings(run)
@@ -368,7 +369,7 @@ def build(run: Run, out: Path) -> Job:
             )  # fmt: skip
             data_hash += views_hash
     torch.manual_seed(run.seed)
-    objective, made = assemble(run, corpus.words(run.data), codebook)
+    objective, made = assemble(run, words, codebook)
     collate: Any = made
     model: Any = objective.model
     objective.init_weights()
@@ -377,7 +378,7 @@ def build(run: Run, out: Path) -> Job:
     batches = Batches(
         streams, Load(corpus=corpus, views=views, seed=run.seed, stored=stored, decoder=data.decoder), collate
     )
-    preprocessor = Preprocessor.of(run.model, corpus.tokenizer, {"text_tokens": run.data.text_tokens})
+    preprocessor = Preprocessor.of(run.model, tokenizer, {"text_tokens": run.data.text_tokens})
 
     def export(weights: Mapping[str, Tensor], folder: Path) -> None:
         given = dataclasses.asdict(preprocessor)
@@ -385,14 +386,12 @@ def build(run: Run, out: Path) -> Job:
             "title": run.recipe,
             "text": f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps.",
         }
-        pretrained.save_pretrained(
-            model, folder, tokenizer=corpus.tokenizer, preprocessor=given, card=card, weights=weights
-        )
+        pretrained.save_pretrained(model, folder, tokenizer=tokenizer, preprocessor=given, card=card, weights=weights)
         if codebook is not None:
             save_file({"centroids": codebook.centroids.contiguous()}, folder / "image_tokenizer.safetensors")
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        ready = Pretrained(model, corpus.tokenizer, preprocessor)
+        ready = Pretrained(model, tokenizer, preprocessor)
         figures: dict[str, Any] = {}
         if run.data.root is None:
             if run.model.contrast:

@@ -183,7 +183,7 @@ def _of_record(record: Record) -> Iterator[Entry | Fault]:
 
 
 def _read_indexed(source: Source, i: int, encoder: Pretrained) -> Tensor:
-    return encoder.picture(source.image(i, encoder.preprocessor.image_px))
+    return encoder.picture(source.image(i, encoder.source_px))
 
 
 def _read_raw(record: Record, encoder: Pretrained) -> Tensor:

@@ -35,6 +35,7 @@ from multiway.nn.ffn import FeedForward, NormLinear
 from multiway.nn.linear import Linear
 from multiway.nn.multiway import Multiway
 from multiway.nn.patch import PatchEmbed
+from multiway.nn.pixels import HALF, Colour, normalise
 from multiway.nn.position import resize_positions
 from multiway.nn.quantize import ImageTokenizer
 from multiway.objectives.contrastive import symmetric_cross_entropy
@@ -50,6 +51,8 @@ it.
 
 NORM_EPS = 1e-5
 MAX_LOGIT_SCALE = math.log(100)
+CLASSIFIER_SCALE = 1e-3
+"""Of a classifier's first weights (masked.md 6.3)."""
 MODALITIES = ("image", "text")
 TERMS = ("image", "pair_image", "pair_text", "text")
 """The four masked losses: pictures alone, pictures and texts of pairs, texts alone."""
@@ -62,8 +65,9 @@ class Config:
     ``hidden``: width inside the FFNs; ``text_positions``: rows of the text position table (longest text + 2);
     ``attention``: per modality (``decoupled``) or for all (``shared``); ``joint_layers``: how many top layers have a
     vision-language expert (shared only); ``codes``: visual vocabulary of the masked image head; ``masked``: carry both
-    masked heads; ``contrast``: carry the retrieval heads. ``init_std``: deviation of the initial weights, cut at one
-    deviation; .02 as BEiT, more for narrow models, whose signals it keeps from vanishing.
+    masked heads; ``contrast``: carry the retrieval heads; ``classes``: of a classifier of pictures, which has a norm
+    of its own instead of the final one, 0 = none; ``mean``, ``std``: of the pixels. ``init_std``: deviation of the
+    initial weights, cut at one deviation; .02 as BEiT, more for narrow models, whose signals it keeps from vanishing.
     """
 
     dim: int = 768
@@ -80,6 +84,9 @@ class Config:
     codes: int = 8192
     masked: bool = True
     contrast: bool = False
+    classes: int = 0
+    mean: Colour = HALF
+    std: Colour = HALF
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -133,7 +140,7 @@ def build_encoder(config: Config) -> MultiwayTransformer:
         joint = ["pair"] if layer >= config.depth - config.joint_layers else []
         rate = config.drop_path * layer / max(1, config.depth - 1)
         blocks.append(Block(Attention(project(3 * dim), project(dim), config.heads), ffn([*MODALITIES, *joint]), rate))
-    return MultiwayTransformer(blocks, Multiway(norm, own))
+    return MultiwayTransformer(blocks, Multiway(nn.Identity, ["shared"]) if config.classes else Multiway(norm, own))
 
 
 class Vision(nn.Module):
@@ -142,6 +149,7 @@ class Vision(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.grid = config.grid
+        self.mean, self.std = config.mean, config.std
         self.proj = PatchEmbed(config.patch, config.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
@@ -149,14 +157,13 @@ class Vision(nn.Module):
         self.positions = nn.Parameter(torch.zeros(rows, config.dim))
 
     def forward(self, image: Tensor, hide: Tensor | None, keep: Tensor | None = None) -> Tensor:
-        """image: uint8 (B, 3, H, W); hide: bool (B, P), True = hidden, or None; keep: int64 (B, K), the patches that
-        go on, or None = all P -> (B * (K + 1), D).
+        """image: uint8 or normalised (B, 3, H, W); hide: bool (B, P), True = hidden, or None; keep: int64 (B, K), the
+        patches that go on, or None = all P -> (B * (K + 1), D).
         """
         expected = self.grid[0] * self.proj.kernel_size[0], self.grid[1] * self.proj.kernel_size[1]
         if image.shape[2:] != expected:
             raise ConfigError(f"pictures of {tuple(image.shape[2:])} pixels, expected {expected}: call set_image_size")
-        x = image.float().div(127.5).sub(1).to(self.proj.weight.dtype)  # mean .5, deviation .5
-        x = self.proj(x)  # (B, P, D)
+        x = self.proj(normalise(image, self.mean, self.std).to(self.proj.weight.dtype))  # (B, P, D)
         if hide is not None:
             x = torch.where(hide[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
@@ -199,6 +206,9 @@ class BEiT3(nn.Module):
             self.vision_head = Linear(config.dim, config.dim, bias=False)
             self.language_head = Linear(config.dim, config.dim, bias=False)
             self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+        if config.classes:
+            self.fc_norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
+            self.head = Linear(config.dim, config.classes)
 
     def forward(
         self,
@@ -224,8 +234,13 @@ class BEiT3(nn.Module):
             rows["text"] = self.language(text, plan.position[start:stop])
         return self.encoder(torch.cat([rows[name] for name in plan.modalities]), plan, draws)
 
-    def encode(self, *, image: Tensor | None = None, text: Sequence[Tensor] | None = None) -> Tokens:
-        """Final tokens of pictures uint8 (B, 3, H, W), of texts (int64 ids with ``<s>`` and ``</s>``), or of pairs."""
+    def encode(
+        self, *, image: Tensor | None = None, text: Sequence[Tensor] | None = None, draws: Tensor | None = None
+    ) -> Tokens:
+        """Final tokens of pictures uint8 (B, 3, H, W), of texts (int64 ids with ``<s>`` and ``</s>``), or of pairs.
+
+        draws: (2 L, S) for stochastic depth, None = nothing dropped.
+        """
         if image is None and text is None:
             raise ConfigError("encode needs pictures, texts, or as many of both")
         lengths = {}
@@ -238,7 +253,27 @@ class BEiT3(nn.Module):
         kind = "pair" if len(lengths) == 2 else next(iter(lengths))
         packed = None if text is None else torch.cat(list(text))
         device = self.vision.cls_token.device
-        return self(make_plan({kind: lengths}).to(device), image=image, text=packed)
+        return self(make_plan({kind: lengths}).to(device), image=image, text=packed, draws=draws)
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> normalised float32; floats are taken as normalised."""
+        return normalise(image, self.config.mean, self.config.std)
+
+    def patches(self, tokens: Tokens) -> Tensor:
+        """The patches of pictures that were encoded alone, without the class token: (B, P, D)."""
+        return tokens.dense("image")[0][:, 1:]
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """One vector per picture, (B, D), that a classifier reads: the normed mean of the patches, or the class token
+        of a model without classifier.
+        """
+        return self.fc_norm(tokens.mean("image", skip=1)) if self.config.classes else tokens.prefix("image")
+
+    def classify(self, image: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Scores of all classes: (B, classes), from the vision half alone."""
+        if not self.config.classes:
+            raise ConfigError("this BEiT-3 has no classifier: tune it with a classification recipe")
+        return self.head(self.pool(self.encode(image=image, draws=draws)))
 
     def embed(self, tokens: Tokens, modality: Literal["image", "text"]) -> Tensor:
         """Unit vectors (B, D) of pictures or texts that were encoded alone; cosine is similarity."""
@@ -308,6 +343,8 @@ class BEiT3(nn.Module):
                 weight[2 * self.config.dim :].mul_(gain)  # the values alone
         if self.config.contrast:
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+        if self.config.classes:
+            self.head.weight.mul_(CLASSIFIER_SCALE)
 
 
 class MaskedDataModeling(Objective):
@@ -411,29 +448,31 @@ class MaskedDataModeling(Objective):
 
 _OURS, _THEIRS = "encoder.blocks.{layer}.", "beit3.encoder.layers.{layer}."
 
-WEIGHTS = WeightMap(
-    words={"expert": {"image": "A", "text": "B"}},
-    numbers=("logit_scale",),
-    rules=(
-        ("vision.proj.{part}", "beit3.vision_embed.proj.{part}"),
-        ("vision.{token}_token", "beit3.vision_embed.{token}_token"),
-        ("vision.positions", "beit3.encoder.embed_positions.A.weight"),
-        ("language.words.weight", "beit3.text_embed.weight"),
-        ("language.positions", "beit3.encoder.embed_positions.B.weight"),
-        (_OURS + "attention.qkv.experts.{expert}.norm.{part}", _THEIRS + "self_attn_layer_norm.{expert}.{part}"),
-        (
-            _OURS + "attention.qkv.experts.{expert}.linear.{part}",
-            *(_THEIRS + f"self_attn.{name}_proj." + "{expert}.{part}" for name in "qkv"),
+LAYOUTS: Mapping[str, WeightMap] = {
+    "official": WeightMap(
+        words={"expert": {"image": "A", "text": "B"}},
+        numbers=("logit_scale",),
+        rules=(
+            ("vision.proj.{part}", "beit3.vision_embed.proj.{part}"),
+            ("vision.{token}_token", "beit3.vision_embed.{token}_token"),
+            ("vision.positions", "beit3.encoder.embed_positions.A.weight"),
+            ("language.words.weight", "beit3.text_embed.weight"),
+            ("language.positions", "beit3.encoder.embed_positions.B.weight"),
+            (_OURS + "attention.qkv.experts.{expert}.norm.{part}", _THEIRS + "self_attn_layer_norm.{expert}.{part}"),
+            (
+                _OURS + "attention.qkv.experts.{expert}.linear.{part}",
+                *(_THEIRS + f"self_attn.{name}_proj." + "{expert}.{part}" for name in "qkv"),
+            ),
+            (_OURS + "attention.out.experts.{expert}.norm.{part}", _THEIRS + "self_attn.inner_attn_ln.{expert}.{part}"),
+            (_OURS + "attention.out.experts.{expert}.linear.{part}", _THEIRS + "self_attn.out_proj.{expert}.{part}"),
+            (_OURS + "ffn.experts.{expert}.norm.{part}", _THEIRS + "final_layer_norm.{expert}.{part}"),
+            (_OURS + "ffn.experts.{expert}.inner.{part}", _THEIRS + "ffn.{expert}.ffn_layernorm.{part}"),
+            (_OURS + "ffn.experts.{expert}.{name}.{part}", _THEIRS + "ffn.{expert}.{name}.{part}"),
+            ("encoder.norm.experts.{expert}.{part}", "beit3.encoder.layer_norm.{expert}.{part}"),
+            *((name, name) for name in ("{head}_head.{part}", "logit_scale", "fc_norm.{part}", "head.{part}")),
         ),
-        (_OURS + "attention.out.experts.{expert}.norm.{part}", _THEIRS + "self_attn.inner_attn_ln.{expert}.{part}"),
-        (_OURS + "attention.out.experts.{expert}.linear.{part}", _THEIRS + "self_attn.out_proj.{expert}.{part}"),
-        (_OURS + "ffn.experts.{expert}.norm.{part}", _THEIRS + "final_layer_norm.{expert}.{part}"),
-        (_OURS + "ffn.experts.{expert}.inner.{part}", _THEIRS + "ffn.{expert}.ffn_layernorm.{part}"),
-        (_OURS + "ffn.experts.{expert}.{name}.{part}", _THEIRS + "ffn.{expert}.{name}.{part}"),
-        ("encoder.norm.experts.{expert}.{part}", "beit3.encoder.layer_norm.{expert}.{part}"),
-        *((name, name) for name in ("{head}_head.{part}", "logit_scale")),
     ),
-)
+}
 """Names in the released files, which are torchscale's behind "beit3."; the shared variant was never released."""
 
 
