@@ -84,13 +84,34 @@ def build_parser() -> argparse.ArgumentParser:
     own = command("evaluate", evaluate, "measure a model on a task")
     own.add_argument("model", help="a model folder, a run folder, or a hub id")
     own.add_argument(
-        "--task", required=True, choices=("retrieval", "zero_shot", "image_classification", "linear_probe")
+        "--task",
+        required=True,
+        choices=("retrieval", "captioning", "zero_shot", "image_classification", "linear_probe"),
     )
-    own.add_argument("--data", help="pictures with captions (retrieval) or in folders by class; none = embedded scenes")
+    own.add_argument(
+        "--data", help="pictures with captions (retrieval, captioning) or in folders by class; none = embedded scenes"
+    )
     own.add_argument("--split", help="which split of the data")
     own.add_argument(
         "--prompt", action="append", help="zero_shot: a template such as 'a photo of a {}'; may be repeated"
     )
+
+    own.add_argument(
+        "--unit", choices=("words", "characters"), default="words", help="captioning: characters for Chinese"
+    )
+    own.add_argument("--predictions", metavar="FILE", help="captioning: write the captions as COCO's scorer reads them")
+
+    own = command("caption", caption, "say what is in pictures")
+    own.add_argument("model", help="a model folder, a run folder, or a hub id")
+    own.add_argument("picture", nargs="+")
+    own.add_argument("--beams", type=int, default=3)
+
+    own = command("convert", convert, "turn published weights into a model folder, with a receipt")
+    own.add_argument("source", help="a file (safetensors, .npz, .pth), a folder with one, or a hub id")
+    own.add_argument("--out", type=Path, required=True)
+    own.add_argument("--model", help="which of `multiway list` it is; default: the one that explains every weight")
+    own.add_argument("--layout", help="whose names the weights have; default: the one that explains every weight")
+    own.add_argument("--image-px", type=int, metavar="N", help="read pictures of N x N pixels from now on")
 
     own = command("embed", embed, "turn pictures and texts into vectors; started again, it continues")
     own.add_argument("source")
@@ -126,7 +147,58 @@ def build_parser() -> argparse.ArgumentParser:
     own = kinds.add_parser("list", help="describe an index", description="describe an index")
     own.add_argument("index")
     own.set_defaults(call=data_list)
+    _add_diagnose(commands)
     return parser
+
+
+def _add_diagnose(commands) -> None:  # noqa: ANN001
+    """The five diagnoses and their options."""
+    text = "look into models, hiding and runs: plots and a page"
+    kinds = commands.add_parser("diagnose", help=text, description=text).add_subparsers(
+        dest="diagnose_command", required=True, metavar="COMMAND"
+    )
+
+    def command(name: str, call, text: str) -> argparse.ArgumentParser:  # noqa: ANN001
+        own = kinds.add_parser(name, help=text, description=text)
+        own.add_argument("--out", type=Path, default=Path("runs/diagnose") / name)
+        own.set_defaults(call=call)
+        return own
+
+    def pictures(own: argparse.ArgumentParser, count: int) -> None:
+        own.add_argument("--data", help="a picture, a folder, file or index of them; none = embedded scenes")
+        own.add_argument("--split", help="which split of the data")
+        own.add_argument("--count", type=int, default=count, help="pictures at most, evenly spread over the data")
+
+    def hiding(own: argparse.ArgumentParser, scheme: str | None, ratio: float | None, cell: int | None) -> None:
+        schemes = ("patches", "cells", "blocks", "square", "central square")
+        own.add_argument("--scheme", choices=schemes, default=scheme)
+        own.add_argument("--ratio", type=float, default=ratio, help="share that is hidden")
+        own.add_argument("--cell", type=int, default=cell, help="side of cells in pixels")
+        own.add_argument("--seed", type=int, default=0)
+
+    own = command("hiding", diagnose_hiding, "AvgDist of a masking strategy beside the published ones")
+    own.add_argument("--px", type=int, default=192, help="side of pictures while pre-training")
+    own.add_argument("--patch", type=int, default=16)
+    own.add_argument("--draws", type=int, default=200, help="patterns per strategy")
+    hiding(own, "cells", 0.6, 32)
+
+    models = "one or two: model folders, run folders, hub ids, or names of models with random weights"
+    own = command("attention", diagnose_attention, "how far and how evenly heads look, and how much they differ")
+    own.add_argument("model", nargs="+", help=models)
+    pictures(own, 64)
+    own = command("features", diagnose_features, "which layers are alike, and how far activations spread")
+    own.add_argument("model", nargs="+", help=models)
+    pictures(own, 128)
+
+    own = command("reconstruct", diagnose_reconstruct, "what a model that predicts pixels makes of hidden ones")
+    own.add_argument("model")
+    pictures(own, 6)
+    own.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1", help="of a thing; may be repeated")
+    hiding(own, None, None, None)
+
+    own = command("scaling", diagnose_scaling, "loss against compute, data and parameters, and its power law")
+    own.add_argument("run", nargs="*", type=Path, help="run folders")
+    own.add_argument("--published", action="store_true", help="also the 63 points of SimMIM's authors")
 
 
 def quickstart(given: argparse.Namespace) -> None:
@@ -145,10 +217,11 @@ def list_recipes(given: argparse.Namespace) -> None:
     if not found and not models:
         known = [name for name, _ in recipes.names()]
         raise ConfigError(f"nothing is named {given.pattern!r}{config.nearest(given.pattern, known)}")
+    width = max(len(name) for name in [*models, *(name for name, _ in found)])
     for name, text in found:
-        print(f"{name:24} {text}")
+        print(f"{name:{width}} {text}")
     for name in models:
-        print(f"{name:32} model")
+        print(f"{name:{width}} model")
 
 
 def show(given: argparse.Namespace) -> None:
@@ -202,7 +275,27 @@ def evaluate(given: argparse.Namespace) -> None:
     """Figures of one task as JSON."""
     from multiway.evaluation import evaluate_model
 
-    print(json.dumps(evaluate_model(given.model, given.task, given.data, given.split, given.prompt), indent=2))
+    figures = evaluate_model(
+        given.model, given.task, given.data, given.split, given.prompt, given.unit, given.predictions
+    )
+    print(json.dumps(figures, indent=2))
+
+
+def caption(given: argparse.Namespace) -> None:
+    """A line per picture: its name, a tab, its caption."""
+    from multiway import pretrained
+    from multiway.evaluation import captions
+
+    found = captions(pretrained.load(given.model), given.picture, beams=given.beams)
+    for name, text in zip(given.picture, found, strict=True):
+        print(f"{name}\t{text}")
+
+
+def convert(given: argparse.Namespace) -> None:
+    """A model folder and its receipt."""
+    from multiway.convert import convert as work
+
+    work(given.source, given.out, name=given.model, layout=given.layout, image_px=given.image_px).show()
 
 
 def embed(given: argparse.Namespace) -> None:
@@ -245,6 +338,50 @@ def data_list(given: argparse.Namespace) -> None:
     from multiway.data.index import Index
 
     _table(Index.open(given.index))
+
+
+def diagnose_hiding(given: argparse.Namespace) -> None:
+    """AvgDist; prints the page's path, as the other diagnoses do."""
+    from multiway.diagnose.hiding import run
+    from multiway.recipes.pictures import Hiding
+
+    hiding = Hiding(scheme=given.scheme, ratio=given.ratio, cell=given.cell)
+    print(run(given.out, hiding=hiding, px=given.px, patch=given.patch, draws=given.draws, seed=given.seed))
+
+
+def diagnose_attention(given: argparse.Namespace) -> None:
+    """What heads look at."""
+    from multiway.diagnose.attention import run
+
+    print(run(given.out, given.model, data=given.data, split=given.split, count=given.count))
+
+
+def diagnose_features(given: argparse.Namespace) -> None:
+    """What blocks make of pictures."""
+    from multiway.diagnose.features import run
+
+    print(run(given.out, given.model, data=given.data, split=given.split, count=given.count))
+
+
+def diagnose_reconstruct(given: argparse.Namespace) -> None:
+    """Hidden pixels, filled in."""
+    from multiway.diagnose.reconstruct import parse_box, run
+
+    own = {name: value for name in ("scheme", "ratio", "cell") if (value := getattr(given, name)) is not None}
+    boxes = [parse_box(text) for text in given.box]
+    print(
+        run(
+            given.out, given.model, data=given.data, split=given.split, boxes=boxes, given=own, count=given.count,
+            seed=given.seed,
+        )
+    )  # fmt: skip
+
+
+def diagnose_scaling(given: argparse.Namespace) -> None:
+    """Laws of scale."""
+    from multiway.diagnose.scaling import run
+
+    print(run(given.out, given.run, published=given.published))
 
 
 def _table(index) -> None:  # noqa: ANN001 - data is imported late, it needs torch

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,43 +20,62 @@ from multiway.data import builtin
 from multiway.data.collate import Sample, Samples
 from multiway.data.index import Index, build
 from multiway.data.order import generator
+from multiway.data.picture import Picture
 from multiway.data.prepare import Source, digit_corpus, splits
-from multiway.errors import ConfigError, DataError
+from multiway.errors import ConfigError, DataError, WriteError
+from multiway.metrics.caption import Unit
 from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Pretrained
-from multiway.tasks import fill, image_classification, linear_probe, retrieval, zero_shot
+from multiway.tasks import captioning, fill, image_classification, linear_probe, retrieval, zero_shot
 from multiway.tasks.needs import check
 from multiway.types import Batch
+from multiway.weights.io import write
 
 TASKS = {
     "retrieval": retrieval.ImageTextContrast.needs,
     "zero_shot": zero_shot.NEEDS,
     "image_classification": image_classification.NEEDS,
     "linear_probe": image_classification.NEEDS,
+    "captioning": captioning.NEEDS,
 }
 """What `evaluate_model` measures, and what a model must encode for it."""
 
 BATCH = 64
 FOLD = 5
+COCO_NAME = re.compile(r"(?:^|[/_])(\d{12})\.\w+$")
 
 HELD_OUT = 1000
 """Embedded held-out scenes, and pictures of a validation split, that are measured on at most."""
 
 
 def evaluate_model(
-    source: str, task: str, data: str | None = None, split: str | None = None, prompts: Sequence[str] | None = None
+    source: str,
+    task: str,
+    data: str | None = None,
+    split: str | None = None,
+    prompts: Sequence[str] | None = None,
+    unit: Unit = "words",
+    predictions: str | None = None,
 ) -> dict[str, Any]:
     """Figures of a model on a task.
 
-    ``source``: a model folder, a run folder (its ``final/`` is taken) or a hub id; ``task``: ``retrieval`` (pictures
-    with captions), ``zero_shot``, ``image_classification`` or ``linear_probe`` (pictures in folders named after their
-    class); ``data``: None = embedded scenes; ``prompts``: zero-shot templates with ``{}`` for the class.
+    ``source``: a model folder, a run folder (its ``final/`` is taken) or a hub id; ``task``: ``retrieval`` or
+    ``captioning`` (pictures with captions), ``zero_shot``, ``image_classification`` or ``linear_probe`` (pictures in
+    folders named after their class); ``data``: None = embedded scenes; ``prompts``: zero-shot templates with ``{}`` for
+    the class; ``unit``: what captions are cut into to be compared; ``predictions``: file to write captions to, as the
+    official scorer reads them, None = not written.
 
     An evaluation tolerates no bad record: it raises DataError (65) and names it.
     """
     folder = Path(source) / "final"
     model = pretrained.load(folder if folder.is_dir() else source)
     check(model.model, TASKS[task], task)
+    if task == "captioning":
+        captioning.require(model.model)
+        if data is None:
+            return captioning_of_scenes(model)
+        with indexed(model, data, split) as index:
+            return captioning_of(model, index.sources, unit=unit, predictions=predictions)
     if task == "linear_probe":
         return probe_of(model, data, split)
     if data is None and task != "image_classification":
@@ -108,6 +130,73 @@ def retrieval_of(model: Pretrained, sources: Iterable[Source], most: int | None 
     if not images:
         raise DataError("no picture has a caption: retrieval needs pairs")
     return retrieval.evaluate(model.encode_image, model.encode_text, torch.stack(images), captions, owner)
+
+
+def captions(
+    model: Pretrained,
+    pictures: Iterable[Picture],
+    *,
+    beams: int = captioning.BEAMS,
+    length_penalty: float = captioning.LENGTH_PENALTY,
+) -> list[str]:
+    """A caption for each picture, at most as long as the texts the model was tuned on; pictures may be a Tensor uint8
+    (N, 3, H, W).
+
+    Raises ConfigError for a model that writes no captions or has no tokenizer; otherwise as `Pretrained.picture`.
+    """
+    captioning.require(model.model)
+    words = model.tokenizer
+    if words is None:
+        raise ConfigError(f"{model.name or 'the model'} has no tokenizer: captions need the one it was tuned with")
+    found, left = [], iter(pictures)
+    while some := [model.picture(picture) for picture in islice(left, BATCH)]:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bf16"):
+            found += captioning.generate(
+                model.model, torch.stack(some).to(model.device), bos=words.bos, eos=words.eos, mask_id=words.hide,
+                longest=model.preprocessor.text_tokens, beams=beams, length_penalty=length_penalty,
+            )  # fmt: skip
+    return [words.text(ids) for ids in found]
+
+
+def captioning_of(
+    model: Pretrained,
+    sources: Iterable[Source],
+    most: int | None = None,
+    *,
+    unit: Unit = "words",
+    predictions: str | None = None,
+    **search: Any,
+) -> dict[str, Any]:
+    """Captions of the pictures of pairs against all that these have; ``most``: how many of each source, None = all.
+
+    ``predictions``: file to write them to in COCO's format, ``[{"image_id": ..., "caption": ...}, ...]``; the id is the
+    number in a name such as COCO has, else the name; ``search``: settings of `captions`. Raises WriteError when the
+    disk refuses.
+    """
+    pairs = [(s, i) for s in sources if s.kind == "pair" for i in range(min(len(s), most or len(s)))]
+    if not pairs:
+        raise DataError("no picture has a caption: captioning is measured on pairs")
+    found = captions(model, (source.image(i, model.source_px) for source, i in pairs), **search)
+    if predictions is not None:
+        keys = [image_id(source.key(i)) for source, i in pairs]
+        rows = [{"image_id": key, "caption": text} for key, text in zip(keys, found, strict=True)]
+        try:
+            write(Path(predictions), lambda path: path.write_text(json.dumps(rows), encoding="utf-8"))
+        except OSError as error:
+            raise WriteError(f"cannot write the captions to {predictions}: {error}") from error
+    return captioning.evaluate(found, [source.strings(i) for source, i in pairs], unit)
+
+
+def image_id(key: str) -> int | str:
+    """The number of a picture named as COCO names them (``COCO_val2014_000000391895.jpg``), else the key itself."""
+    number = COCO_NAME.search(key)
+    return int(number[1]) if number else key
+
+
+def captioning_of_scenes(model: Pretrained, seed: int = 0, **search: Any) -> dict[str, Any]:
+    """Captions of held-out scenes against all that these have; ``search``: settings of `captions`."""
+    scenes = builtin.retrieval_scenes(HELD_OUT, seed)
+    return captioning.evaluate(captions(model, torch.from_numpy(scenes.images), **search), scenes.captions)
 
 
 def zero_shot_of(model: Pretrained, index: Index, prompts: Sequence[str]) -> dict[str, Any]:

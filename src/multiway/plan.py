@@ -180,8 +180,17 @@ class Tokens:
 
 def dense_tokens(x: Tensor, modality: str = "image") -> Tokens:
     """Sequences of equal length, (B, N, D), as tokens."""
-    plan = make_plan({modality: {modality: np.full(len(x), x.shape[1])}})
-    return Tokens(x.flatten(0, 1), plan.to(x.device))
+    count, length, _ = x.shape
+    rows = count * length
+    number, place = torch.arange(count, device=x.device), torch.arange(length, device=x.device)
+    plan = Plan(  # that of `make_plan`, made where the tokens are
+        (Segment(modality, modality, count, rows),),
+        (Group(modality, rows, count, length, None, None, None),),
+        place.repeat(count),
+        number.repeat_interleave(length),
+        {modality: number * length},
+    )
+    return Tokens(x.flatten(0, 1), plan)
 
 
 Lengths = Sequence[int] | np.ndarray

@@ -4,7 +4,7 @@ A folder holds everything a model needs to be used: ``config.json`` (which syste
 ``model.safetensors`` (or numbered parts and their index), ``tokenizer.json``, ``preprocessor_config.json``
 (`Preprocessor`) and ``README.md`` (the card). All of it is data with a closed schema; nothing in it is ever run.
 
-The names of models are those of ``PRESETS`` in every module of `multiway.systems`, found by reading that folder.
+The names of models are those of `multiway.models`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
-import importlib
 import itertools
 import json
-import pkgutil
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -29,12 +26,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from multiway import config as settings
-from multiway import systems
+from multiway import published
 from multiway.data.image import View
 from multiway.data.picture import Picture, whole_picture
 from multiway.data.records import parse_json
-from multiway.data.text import TextTokenizer
+from multiway.data.text import TextTokenizer, framed
 from multiway.errors import ConfigError, MissingInputError, RecordError, WriteError
+from multiway.models import all_systems, blank, model_class, model_named, presets
+from multiway.published import located, located_weights
 from multiway.weights.card import model_card
 from multiway.weights.io import read_weights, unlike, write, write_weights
 
@@ -47,7 +46,6 @@ BATCH = 64
 
 CONFIG, TOKENIZER, PREPROCESSOR, CARD = "config.json", "tokenizer.json", "preprocessor_config.json", "README.md"
 HUB_FILES = [CONFIG, TOKENIZER, PREPROCESSOR, "model*.safetensors", "model.safetensors.index.json"]
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +79,10 @@ class Preprocessor:
         Raises ConfigError for an unknown or mistyped value, and for one that does not fit model and tokenizer.
         """
         ids: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in ("bos", "pad", "eos", "unk", "hide")}
-        longest = getattr(shape, "text_positions", TEXT_TOKENS + 2) - 2
+        longest = getattr(shape, "text_tokens", 0) or getattr(shape, "text_positions", TEXT_TOKENS + 2) - 2
         usual = cls(
             image_px=shape.image_px, mean=shape.mean, std=shape.std, share=getattr(shape, "share", None),
-            text_tokens=min(TEXT_TOKENS, longest), **ids,
+            text_tokens=getattr(shape, "text_tokens", min(TEXT_TOKENS, longest)), **ids,
         )  # fmt: skip
         result = settings.apply(usual, given or {})
         fixed = ("image_px", "mean", "std", *ids)
@@ -188,8 +186,8 @@ class Pretrained:
             raise ConfigError(
                 "texts need the model's tokenizer: pass what multiway.load() returns, of a folder with one"
             )
-        inner = [own[: longest - 2].tolist() for own in tokenizer.batch(texts)]
-        ids = [torch.tensor([tokenizer.bos, *own, tokenizer.eos]) for own in inner]
+        inner = tokenizer.batch(texts)
+        ids = [torch.from_numpy(framed(own, tokenizer.bos, tokenizer.eos, longest)) for own in inner]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         vectors = []
         for start in range(0, len(ids), batch):
@@ -234,27 +232,26 @@ def encode(
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` knows and that match a pattern such as ``"beit3*"``, sorted."""
-    return sorted(fnmatch.filter(_presets(), pattern))
+    return sorted(fnmatch.filter(presets(), pattern))
 
 
 def create_model(name: str, pretrained: str | Path | None = None, **overrides: Any) -> nn.Module:
     """Make a model by name, with settings of its config overridden.
 
-    ``pretrained``: None = initialised from torch's global generator, else the folder or hub id of weights that fit
-    exactly; to take the shape from the folder too, use `load`.
+    ``pretrained``: None = initialised from torch's global generator, else weights that fit exactly: a folder or hub id
+    of ours (`load` takes the shape from there, too), or a file, folder or hub id in a layout of the system.
 
-    Raises ConfigError for an unknown name or setting, with the nearest one, or a bad value; else as `load`.
+    Raises ConfigError for an unknown name or setting, with the nearest one, or a bad value; ConversionError for
+    published weights that are unsafe, damaged, or of another model; else as `load`.
     """
-    presets = _presets()
-    if name not in presets:
-        raise ConfigError(
-            f"unknown model {name!r}{settings.nearest(name, list(presets))}; list_models() names them all"
-        )
-    system, preset = presets[name]
+    system, preset = model_named(name)
     shape = settings.apply(preset, overrides)
     if pretrained is not None:
-        return _filled(system, shape, _folder(pretrained), torch.device("cpu"))
-    model = _model_class(system)(shape)
+        folder = _folder(pretrained)
+        if folder.is_file() or not _is_ours(folder):
+            return published.filled(located_weights(pretrained), name, system, shape)
+        return _filled(system, shape, folder, torch.device("cpu"))
+    model = model_class(system)(shape)
     model.init_weights()
     return model
 
@@ -272,7 +269,7 @@ def load(
     """
     folder = _folder(source)
     values = _read_json(folder / CONFIG)
-    found, known = (values.pop("system", None), values.pop("format", None)), _systems()
+    found, known = (values.pop("system", None), values.pop("format", None)), all_systems()
     if found[0] not in known or found[1] != FORMAT:
         raise ConfigError(
             f"{folder / CONFIG}: system {found[0]!r} in format {found[1]!r}, expected one of {', '.join(known)} in "
@@ -309,7 +306,7 @@ def save_pretrained(
     described, shape = _described(model), getattr(model, "config")  # noqa: B009  pyright takes it for a module
     values = Preprocessor.of(shape, tokenizer, preprocessor)
     state = dict(model.state_dict() if weights is None else weights)
-    differences = unlike(state, _blank(_systems()[described["system"]], shape).state_dict())
+    differences = unlike(state, blank(all_systems()[described["system"]], shape).state_dict())
     if differences:
         raise ConfigError(
             f"the weights are not those of the model's config: {differences}; make the config say what it is"
@@ -332,43 +329,21 @@ def save_pretrained(
 # ------------------------------------------------------------------------------------------------------------- systems
 
 
-@cache
-def _systems() -> dict[str, ModuleType]:
-    """Every module of the systems folder that has models, by its short name."""
-    found = [importlib.import_module(f"{systems.__name__}.{m.name}") for m in pkgutil.iter_modules(systems.__path__)]
-    return {module.__name__.rpartition(".")[2]: module for module in found if hasattr(module, "PRESETS")}
-
-
-def _presets() -> dict[str, tuple[ModuleType, Any]]:
-    return {name: (system, shape) for system in _systems().values() for name, shape in system.PRESETS.items()}
-
-
-def _model_class(system: ModuleType) -> Any:
-    """The system's model: its one class that states what it accepts."""
-    own = [x for x in vars(system).values() if isinstance(x, type) and x.__module__ == system.__name__]
-    [found] = [x for x in own if hasattr(x, "accepts")]
-    return found
-
-
 def _described(model: nn.Module) -> dict[str, Any]:
     """The content of ``config.json``; a wrapper that is a subclass, such as FSDP's, does not count."""
     modules = {cls.__module__ for cls in type(model).__mro__}
-    names = [name for name, system in _systems().items() if system.__name__ in modules]
+    names = [name for name, system in all_systems().items() if system.__name__ in modules]
     if not names:
-        raise ConfigError(f"{type(model).__name__} is no model of multiway.systems, which has {', '.join(_systems())}")
+        raise ConfigError(
+            f"{type(model).__name__} is no model of multiway.systems, which has {', '.join(all_systems())}"
+        )
     shape: Any = model.config
     return {"system": names[0], "format": FORMAT, **settings.plain(shape)}
 
 
-def _blank(system: ModuleType, shape: Any) -> nn.Module:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return _model_class(system)(shape)
-
-
 def _filled(system: ModuleType, shape: Any, folder: Path, device: torch.device) -> nn.Module:
     """The model with the weights of a folder, in the dtypes they were saved in."""
-    model = _blank(system, shape)
+    model = blank(system, shape)
     model.load_state_dict(read_weights(folder, model.state_dict(), device), assign=True)
     assert not any(x.is_meta for x in itertools.chain(model.parameters(), model.buffers())), "all weights are saved"
     return model
@@ -383,15 +358,11 @@ def _folder(source: str | Path) -> Path:
     if folder.is_dir():
         final = folder / "final"
         return final if (final / CONFIG).is_file() and not (folder / CONFIG).exists() else folder
-    if not HUB_ID.fullmatch(str(source)):
-        raise MissingInputError(f"{source}: no such folder, and not a hub id such as 'owner/model'")
-    from huggingface_hub import snapshot_download
+    return located(source, HUB_FILES)
 
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
-    except Exception as error:  # its own errors and those of its HTTP client
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise MissingInputError(f"{source}: no such folder, and the hub does not give it either ({reason})") from error
+
+def _is_ours(folder: Path) -> bool:
+    return not (folder / CONFIG).is_file() or "system" in _read_json(folder / CONFIG)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ deterministic function of its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -43,8 +43,10 @@ __all__ = ["Across", "Batch", "Objective", "Plan", "StepOutput", "Tokens", "move
 Batch = dict[str, Any]
 
 
-def move(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with every tensor (the plan's included) on ``device``."""
+def move(batch: Batch | Sequence[Batch], device: torch.device) -> Any:
+    """Return the batch, or all of several, with every tensor (the plan's included) on ``device``."""
+    if not isinstance(batch, Mapping):
+        return [move(part, device) for part in batch]
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
@@ -81,6 +83,9 @@ class Objective(nn.Module):
 
     splittable: ClassVar[bool] = True
     """Whether the loss of a batch is the sum of the losses of its parts (contrastive losses are not)."""
+
+    joins: bool = False
+    """Whether, where it is not splittable, `forward` also takes a list of all micro-batches of a step, as one batch."""
 
     model: Any
     """What is trained: an ``nn.Module`` with the verbs its objective uses, ``encoder.blocks``, ``layers``,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,12 +15,12 @@ import torch
 from torch import nn
 
 from multiway.data.collate import DualCollate, MaskedCollate, Sample, Words
-from multiway.data.hide import hide_patches
+from multiway.data.hide import hide_blocks, hide_cells, hide_patches
 from multiway.data.pictures import LabelCollate, PictureCollate
-from multiway.systems import mae, vit
+from multiway.systems import beit, beit2, clip, feature_distillation, mae, siglip, simmim, swin, swin_v2, vit, vq_kd
 from multiway.systems.beit3 import BEiT3, Config, MaskedAndContrast, MaskedDataModeling
 from multiway.tasks.image_classification import ImageClassification
-from multiway.tasks.retrieval import ImageTextContrast
+from multiway.tasks.retrieval import ImageTextContrast, ImageTextSigmoid
 from multiway.types import Batch, Objective
 
 IMAGE_PX, PATCH, GRID, CODES, CLASSES = 32, 8, (4, 4), 19, 7
@@ -35,7 +36,8 @@ class Toy:
     """An objective and its batches.
 
     ``untrained``: parameters it does not train; ``guess``: loss by term of a model that knows nothing; ``drops``:
-    whether blocks may be dropped; ``published``: whether files of other programs hold such a model.
+    whether blocks may be dropped; ``published``: whether files of other programs hold such a model; ``bf16``: whether
+    its gradients survive rounding.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Toy:
     guess: Mapping[str, float] = field(default_factory=dict)
     drops: bool = True
     published: bool = True
+    bf16: bool = True
 
     def samples(self, seed: int = 0, counts: dict[str, int] | None = None) -> dict[str, list[Sample]]:
         """New samples by kind; ``counts``: how many of each, None = 3 images, 4 pairs, 5 texts."""
@@ -87,11 +90,24 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 MASKED = MaskedCollate(words=WORDS, grid=GRID)
 DUAL = DualCollate(words=WORDS, grid=GRID)
+CAUSAL = dataclasses.replace(DUAL, causal=True)
 BOTH = MaskedCollate(words=WORDS, grid=GRID, contrast=True, joint=0.5)
 ALL = ("image", "pair", "text")
 CONTRAST = dataclasses.replace(DECOUPLED, masked=False, contrast=True)
 MASKED_CONTRAST = dataclasses.replace(DECOUPLED, contrast=True)
 MASKED_GUESS = {"image": log(CODES), "pair_image": log(CODES), "text": log(40), "pair_text": log(40)}
+TEXTS = {"text_dim": 24, "text_depth": 2, "text_heads": 3, "text_hidden": 48, "text_tokens": 14, "vocab": 40}
+TOWER = {"dim": 32, "depth": 3, "heads": 4, "hidden": 64, "patch": PATCH, "image_px": IMAGE_PX}
+CLIP_VIT = clip.Config(**TOWER, **TEXTS, out=16)
+CLIP_RESNET = clip.Config(dim=8, stages=(1, 2, 1, 1), patch=32, image_px=IMAGE_PX, **TEXTS, out=16)
+STARTS_AT_ZERO = frozenset(
+    f"model.encoder.vision.stages.{i}.{j}.conv{k}.{part}"
+    for i, j in ((0, 0), (1, 0), (1, 1), (2, 0), (3, 0))
+    for k, part in itertools.product((1, 2, 3), ("0.weight", "1.weight", "1.bias"))
+    if (k, part) not in ((3, "1.weight"), (3, "1.bias"))
+)
+"""What lies behind the last norms of bottlenecks, whose factors are 0 at first."""
+SIGLIP = siglip.Config(**TOWER, text_tokens=14, vocab=40)
 PAIRED = (
     Toy("masked-decoupled", lambda: MaskedDataModeling(BEiT3(DECOUPLED), None), MASKED, ALL, guess=MASKED_GUESS),
     Toy(
@@ -105,6 +121,12 @@ PAIRED = (
     Toy(
         "contrast", lambda: ImageTextContrast(BEiT3(CONTRAST)), DUAL, ("pair",), frozenset({"model.vision.mask_token"})
     ),
+    Toy("clip", lambda: ImageTextContrast(clip.CLIP(CLIP_VIT)), CAUSAL, ("pair",)),
+    Toy(
+        "clip-resnet", lambda: ImageTextContrast(clip.CLIP(CLIP_RESNET)), CAUSAL, ("pair",), STARTS_AT_ZERO,
+        drops=False, bf16=False,  # its batch norms see four pictures of one cell
+    ),
+    Toy("siglip", lambda: ImageTextSigmoid(siglip.SigLIP(SIGLIP)), DUAL, ("pair",)),
 )  # fmt: skip
 """Toys of pictures and texts."""
 
@@ -118,10 +140,47 @@ def classifier(name: str, build: Callable[[], nn.Module], **more: Any) -> Toy:
     return Toy(f"{name}-classifier", lambda: ImageClassification(build()), CLASSIFY, ("image",), **more)
 
 
+def cells(grid: tuple[int, int], cell: int = 2) -> PictureCollate:
+    """Batches with square cells of patches hidden."""
+    return PictureCollate(hide=partial(hide_cells, grid, cell, 0.6))
+
+
+def simmim_toy(name: str, config: simmim.Config, cell: int = 2, **more: Any) -> Toy:
+    """SimMIM with one of its encoders."""
+    build = lambda: simmim.MaskedImageModeling(simmim.SimMIM(config))  # noqa: E731
+    return Toy(f"simmim-{name}", build, cells(config.grid, cell), ("image",), **more)
+
+
+SIMMIM = {
+    "vit": simmim.Config(dim=32, depths=(3,), heads=4, patch=8, image_px=IMAGE_PX),
+    "swin": simmim.Config(encoder="swin", dim=16, depths=(2, 2), heads=2, patch=4, window=4, image_px=IMAGE_PX),
+    "resnet": simmim.Config(encoder="resnet", dim=8, depths=(1, 2, 1), patch=4, image_px=IMAGE_PX),
+}
+SIMMIM["swin_v2"] = dataclasses.replace(SIMMIM["swin"], encoder="swin_v2", target_window=9)
+# Norms behind its branches start at zero, and let no gradient through until they have moved.
+BEHIND_ZERO = frozenset(
+    f"model.{name}"
+    for name, _ in simmim.SimMIM(SIMMIM["swin_v2"]).named_parameters()
+    if ".blocks." in name and ".branch." in name
+)
+
+
+def student(config: feature_distillation.Config, teacher: nn.Module) -> Objective:
+    """Feature distillation from a random teacher."""
+    return feature_distillation.FeatureDistillation(feature_distillation.Student(config), randomize(teacher, seed=1))
+
+
 def hiding(ratio: float, keep: bool = False) -> PictureCollate:
     """Batches with single patches hidden."""
     return PictureCollate(hide=partial(hide_patches, GRID, ratio), keep=keep)
 
+
+def blocks() -> PictureCollate:
+    """Batches with blocks of patches hidden."""
+    return PictureCollate(hide=partial(hide_blocks, GRID, 6, 2))
+
+
+SWIN = {"dim": 16, "depths": (2, 2), "heads": 2, "patch": 4, "window": 4, "image_px": IMAGE_PX}
 
 PICTURED = (
     classifier("vit", lambda: vit.ViT(vit.Config(**SHAPE, classes=CLASSES)), guess=CLASS_GUESS),
@@ -132,6 +191,55 @@ PICTURED = (
             mae.MAE(mae.Config(**SHAPE, decoder_dim=16, decoder_depth=2, decoder_heads=2))
         ),
         hiding(0.75, keep=True), ("image",), drops=False,
+    ),
+    simmim_toy("vit", SIMMIM["vit"]),
+    simmim_toy("swin", SIMMIM["swin"]),
+    simmim_toy("swin_v2", SIMMIM["swin_v2"], cell=1, untrained=BEHIND_ZERO),
+    # Its gradients change by a third when nothing but its weights is rounded to bf16.
+    simmim_toy("resnet", SIMMIM["resnet"], drops=False, bf16=False, published=False),
+    Toy(
+        "feature-distillation",
+        lambda: student(
+            feature_distillation.Config(dim=32, depths=(3,), heads=4, patch=8, image_px=IMAGE_PX, teacher_dim=24),
+            vit.ViT(vit.Config(dim=24, depth=2, heads=2, hidden=48, patch=8, image_px=IMAGE_PX)),
+        ),
+        PictureCollate(), ("image",),
+    ),
+    Toy(
+        "feature-distillation-swin_v2",
+        lambda: student(
+            feature_distillation.Config(
+                encoder="swin_v2", dim=16, depths=(2, 2), heads=2, patch=4, window=4, image_px=IMAGE_PX, teacher_dim=32
+            ),
+            simmim.SimMIM(dataclasses.replace(SIMMIM["swin"], depths=(1, 1))),
+        ),
+        PictureCollate(), ("image",),
+    ),
+    classifier("swin", lambda: swin.Swin(swin.Config(**SWIN, classes=CLASSES)), guess=CLASS_GUESS),
+    classifier(
+        "swin_v2", lambda: swin_v2.SwinV2(swin_v2.Config(**SWIN, classes=CLASSES)), guess=CLASS_GUESS,
+        untrained=frozenset(
+            f"model.{name}"
+            for name, _ in swin_v2.SwinV2(swin_v2.Config(**SWIN)).named_parameters()
+            if ".blocks." in name and ".branch." in name
+        ),
+    ),
+    Toy(
+        "beit", lambda: beit.MaskedImageModeling(beit.BEiT(beit.Config(**SHAPE, bias="shared", codes=CODES)), None),
+        blocks(), ("image",), guess={"image": log(CODES)},
+    ),
+    classifier("beit", lambda: beit.BEiT(beit.Config(**SHAPE, classes=CLASSES)), guess=CLASS_GUESS),
+    Toy(
+        "beit2", lambda: beit2.PatchAggregation(beit2.BEiT2(beit2.Config(**SHAPE, codes=CODES, early_layer=2)), None),
+        blocks(), ("image",),
+    ),
+    Toy(
+        "vq_kd",
+        lambda: vq_kd.VectorQuantizedDistillation(
+            vq_kd.VQKD(vq_kd.Config(**SHAPE, codes=CODES, code_dim=8, decoder_depth=1, teacher_dim=24)),
+            randomize(vit.ViT(vit.Config(dim=24, depth=2, heads=2, hidden=48, patch=8, image_px=IMAGE_PX)), seed=1),
+        ),
+        PictureCollate(), ("image",), drops=False,
     ),
 )  # fmt: skip
 """Toys of pictures alone."""

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multiway.plan import Tokens, make_plan
+from multiway.plan import Tokens, dense_tokens, make_plan
 
 lengths = st.lists(st.integers(1, 6), max_size=4)
 pairs = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=4)
@@ -170,3 +170,43 @@ def test_lengths_that_do_not_fit_are_refused():
         make_plan({"pair": {"image": [2, 2], "text": [3]}})
     with pytest.raises(ValueError, match="plan of 'text'"):
         make_plan({"text": {"text": np.array([3, 0])}})
+
+
+@given(kinds=batches(), skip=st.integers(0, 1))
+def test_the_mean_is_that_of_each_sequence(kinds, skip):
+    plan = make_plan(kinds)
+    values = torch.randn(plan.rows, 3, generator=torch.Generator().manual_seed(0))
+    sequences: dict[tuple[str, int], list[int]] = {}
+    for r, (_, modality, sample, _) in enumerate(listed(kinds)):
+        sequences.setdefault((modality, sample), []).append(r)
+    for modality in plan.modalities:
+        own = [rows[skip:] for (name, _), rows in sequences.items() if name == modality]
+        found = Tokens(values, plan).mean(modality, skip)
+        assert len(found) == len(own)
+        for mean, rows in zip(found, own):
+            if rows:
+                torch.testing.assert_close(mean, values[rows].mean(0))
+
+
+@given(kinds=batches())
+def test_sequences_of_equal_length_are_known_where_a_view_will_do(kinds):
+    plan = make_plan(kinds)
+    for modality in plan.modalities:
+        found = {kind: own[modality] for kind, own in kinds.items() if own.get(modality)}
+        (kind, *others), ns = found, {n for own in found.values() for n in own}
+        alone = not others and len(kinds[kind]) == 1 and len(ns) == 1
+        assert plan.equal_length(modality) == (ns.pop() if alone else None)
+
+
+def test_dense_tokens_are_a_batch_of_equal_lengths():
+    x = torch.randn(3, 5, 4, requires_grad=True)
+    tokens = dense_tokens(x)
+    assert tokens.plan.equal_length("image") == 5
+    values, pad = tokens.dense("image")
+    assert torch.equal(values, x) and pad.shape == (3, 5) and not pad.any()
+    assert values.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    one, two = tokens.plan, make_plan({"image": {"image": [5, 5, 5]}})
+    assert one.segments == two.segments and one.groups == two.groups
+    assert torch.equal(one.position, two.position) and torch.equal(one.sample, two.sample)
+    assert one.starts.keys() == two.starts.keys() and torch.equal(one.starts["image"], two.starts["image"])
+    assert dense_tokens(x.to("meta")).plan.position.is_meta

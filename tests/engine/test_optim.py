@@ -130,6 +130,40 @@ def test_the_schedule_without_warm_up_begins_at_the_peak() -> None:
     assert learning_rate(Schedule(steps=10, warmup=10, final_lr=0.5), 2.0, 9) == 2.0
 
 
+def rate_at(step: int, **settings: Any) -> float:
+    return learning_rate(
+        Schedule(**{"steps": 100, "warmup": 20, "first_lr": 0.1, "final_lr": 0.2, **settings}), 1.0, step
+    )
+
+
+def test_a_cosine_after_the_warm_up() -> None:
+    """vision.md 2.2, with warm-up prefix: t' = t - warmup, T = total - warmup. Swin, MAE, BEiT."""
+    assert [rate_at(0), rate_at(19), rate_at(20)] == pytest.approx([0.1, 1.0, 1.0])
+    assert rate_at(10) == pytest.approx(0.1 + 0.9 * 10 / 19)
+    assert rate_at(60) == pytest.approx(0.2 + 0.8 / 2)  # halfway through the rest
+    assert rate_at(99) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 79 / 80)))
+    assert rate_at(100) == pytest.approx(0.2)
+
+
+def test_a_cosine_of_the_whole_run_on_which_the_warm_up_ends_with_a_jump() -> None:
+    """Without the prefix: t' = t, T = total, part of SimMIM's published recipe."""
+    late = {"shape": "late cosine"}
+    assert [rate_at(0, **late), rate_at(19, **late)] == pytest.approx([0.1, 1.0])
+    assert rate_at(20, **late) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 0.2)))
+    assert rate_at(19, **late) - rate_at(20, **late) > 0.07
+    assert rate_at(50, **late) == pytest.approx(0.2 + 0.8 / 2)  # halfway through the run
+    assert rate_at(100, **late) == pytest.approx(0.2)
+    same = {"warmup": 0}
+    assert [rate_at(t, **same) for t in range(100)] == pytest.approx([rate_at(t, **same, **late) for t in range(100)])
+
+
+def test_a_step_down_after_seven_eighths() -> None:
+    """vision.md 7.3: SimMIM's 800 epochs, the rate a tenth from epoch 700."""
+    found = [rate_at(t, steps=80, shape="step") for t in range(80)]
+    assert found[:20] == pytest.approx([0.1 + 0.9 * t / 19 for t in range(20)])
+    assert found[20:70] == [1.0] * 50 and found[70:] == pytest.approx([0.1] * 10)
+
+
 # --- the optimiser's state --------------------------------------------------------------------------------------------
 
 

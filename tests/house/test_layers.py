@@ -17,8 +17,9 @@ CONTRACTS = {"errors", "types", "plan", "run", "config"}
 PARTS = {"nn", "data", "metrics", "weights"}
 BUILT = {"backbones", "objectives"}
 SYSTEMS = {"systems", "tasks", "engine"}
-USES = {"recipes", "search", "pretrained", "evaluation", "estimate", "roofline", "rehearsal"}
-OUTSIDE = {"cli", "serve", "quickstart", "report"}
+NAMED = {"models", "published", "pretrained", "evaluation"}
+USES = NAMED | {"recipes", "search", "convert", "reference", "estimate", "roofline", "rehearsal"}
+OUTSIDE = {"cli", "serve", "quickstart", "diagnose", "report"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(CONTRACTS, CONTRACTS),
@@ -27,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"errors", "types", "plan", "nn"},
     "objectives": {"errors"},
     **dict.fromkeys(SYSTEMS, CONTRACTS | PARTS | BUILT),
-    **dict.fromkeys(USES, CONTRACTS | PARTS | BUILT | SYSTEMS | {"pretrained", "evaluation"}),
+    **dict.fromkeys(USES, CONTRACTS | PARTS | BUILT | SYSTEMS | NAMED),
     **dict.fromkeys({"estimate", "roofline"}, CONTRACTS | PARTS | BUILT | SYSTEMS | {"roofline", "rehearsal"}),
     **dict.fromkeys(OUTSIDE, CONTRACTS | PARTS | BUILT | SYSTEMS | USES | {"report"}),
     "cli": CONTRACTS | PARTS | BUILT | SYSTEMS | USES | OUTSIDE,

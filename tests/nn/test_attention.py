@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multiway.nn.attention import Attention, Pad, Unpad, attend, attend_by_gemm
+from multiway.nn.attention import Attention, Pad, SelfAttention, Unpad, attend, attend_by_gemm
 from multiway.plan import make_plan
 
 
@@ -125,3 +125,86 @@ def test_packed_attention_equals_attention_of_each_sample(causal: bool) -> None:
     torch.testing.assert_close(got, want)
     for g, w in zip(gradient, torch.autograd.grad((want * upstream).sum(), [x, *attention.parameters()])):
         torch.testing.assert_close(g, w)
+
+
+# --- biases -----------------------------------------------------------------------------------------------------------
+
+
+def biased_by_hand(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Definition, in float64."""
+    scores = q.double() @ k.double().mT / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.double()
+    weight = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return weight @ v.double()
+
+
+BIASES = {
+    "float, of all samples": 3 * drawn(2, 7, 7, seed=7),
+    "float, of each sample": 3 * drawn(3, 2, 7, 7, seed=8),
+    "bool": torch.ones(7, 7, dtype=torch.bool).tril(),
+    "bool, of each sample": drawn(3, 1, 7, 7, seed=9) > torch.linspace(-9, 0.5, 7),
+}
+
+
+@pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
+@pytest.mark.parametrize("implementation", [attend, attend_by_gemm])
+def test_a_bias_is_added_to_the_scores(implementation, bias: Tensor) -> None:
+    """True = may attend; float = added. Gradients of everything, the bias included."""
+    inputs = [drawn(3, 2, 7, 5, seed=i).requires_grad_() for i in range(3)]
+    inputs += [bias.clone().requires_grad_()] if bias.is_floating_point() else []
+    want = biased_by_hand(*inputs[:3], inputs[3] if len(inputs) > 3 else bias)
+    got = implementation(*inputs[:3], inputs[3] if len(inputs) > 3 else bias)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
+    upstream = drawn(3, 2, 7, 5, seed=9)
+    for own, other in zip(
+        torch.autograd.grad((got * upstream).sum(), inputs), torch.autograd.grad((want * upstream).sum(), inputs)
+    ):
+        assert own.shape == other.shape and (own - other).norm() <= 1e-5 * other.norm()
+
+
+def test_a_bias_in_fp32_serves_queries_in_bf16() -> None:
+    q, k, v = (drawn(3, 2, 7, 5, seed=i, dtype=torch.bfloat16) for i in range(3))
+    bias = BIASES["float, of all samples"]
+    got = attend(q, k, v, bias)
+    assert got.dtype == torch.bfloat16
+    want = biased_by_hand(q, k, v, bias)
+    assert (got.double() - want).abs().max() < 0.02 * want.abs().max()
+
+
+class Given(nn.Module):
+    """A bias that is what it is."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+def self_attention(bias: Tensor | None = None) -> SelfAttention:
+    torch.manual_seed(0)
+    return SelfAttention(nn.Linear(6, 18), nn.Linear(6, 6), 2, None if bias is None else Given(bias))
+
+
+@pytest.mark.parametrize("given", [None, *BIASES.values()], ids=["none", *BIASES])
+@pytest.mark.parametrize("own", [None, drawn(2, 7, 7, seed=4)], ids=["none of its own", "its own"])
+def test_self_attention_is_attention_between_its_two_maps(own: Tensor | None, given: Tensor | None) -> None:
+    attention, x = self_attention(own), drawn(3, 7, 6)
+    q, k, v = attention.qkv(x).view(3, 7, 3, 2, 3).permute(2, 0, 3, 1, 4)
+    total = torch.zeros(7, 7) if own is None else own
+    if given is not None:
+        total = total.masked_fill(~given, -math.inf) if given.dtype == torch.bool else total + given
+    mixed = biased_by_hand(q, k, v, total).float()
+    want = attention.out(mixed.transpose(1, 2).reshape(3, 7, 6))
+    torch.testing.assert_close(attention(x, given), want, rtol=0, atol=1e-6)
+    maps = attention.maps(x, given)
+    assert maps.shape == (3, 2, 7, 7)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(3, 2, 7))
+    torch.testing.assert_close(maps @ v, mixed, rtol=0, atol=1e-6)
+
+
+def test_a_layers_own_bias_is_learned() -> None:
+    attention = self_attention(drawn(2, 7, 7, seed=4))
+    (attention(drawn(3, 7, 6)) * drawn(3, 7, 6, seed=1)).sum().backward()
+    assert attention.bias.values.grad.abs().min() > 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multiway.nn import linear as fast
-from multiway.nn.linear import Linear, OneDNNLinear, lean, linear
+from multiway.nn.linear import Linear, OneDNNLinear, QueryKeyValue, lean, linear
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -82,24 +82,29 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "LEAN_WIDTH", 1)
 
 
-def modules() -> tuple[torch.nn.LayerNorm, Linear]:
+def modules(normed: bool = True) -> tuple[torch.nn.Module, Linear]:
     torch.manual_seed(0)
     norm, to = torch.nn.LayerNorm(24), Linear(24, 10)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_()
-    return norm, to
+    return norm if normed else torch.nn.Identity(), to
 
 
 def plain(x: Tensor, norm: torch.nn.Module, to: Linear, *, gelu: bool) -> Tensor:
     return to(norm(torch.nn.functional.gelu(x) if gelu else x))
 
 
-@pytest.mark.parametrize("gelu", [True, False])
+KINDS = pytest.mark.parametrize(
+    ("normed", "gelu"), [(True, True), (True, False), (False, True)], ids=["norm of GELU", "norm", "GELU"]
+)
+
+
+@KINDS
 @pytest.mark.parametrize("rows", [(1,), (33,), (2, 5)])
 @pytest.mark.parametrize("frozen", ["", "norm", "to", "x"])
-def test_lean_is_its_plain_twin(narrow: None, gelu: bool, rows: tuple[int, ...], frozen: str) -> None:
-    norm, to = modules()
+def test_lean_is_its_plain_twin(narrow: None, normed: bool, gelu: bool, rows: tuple[int, ...], frozen: str) -> None:
+    norm, to = modules(normed)
     norm.requires_grad_(frozen != "norm")
     to.requires_grad_(frozen != "to")
     x = torch.randn(*rows, 24, requires_grad=frozen != "x")
@@ -110,11 +115,11 @@ def test_lean_is_its_plain_twin(narrow: None, gelu: bool, rows: tuple[int, ...],
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("gelu", [True, False])
+@KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lean_is_its_plain_twin_under_autocast(narrow: None, gelu: bool, dtype: torch.dtype) -> None:
+def test_lean_is_its_plain_twin_under_autocast(narrow: None, normed: bool, gelu: bool, dtype: torch.dtype) -> None:
     """Of fp32 rows (the residual stream) and of bf16 rows (a linear map's result)."""
-    norm, to = modules()
+    norm, to = modules(normed)
     x = torch.randn(33, 24).to(dtype).requires_grad_()
     given = (x, *norm.parameters(), *to.parameters())
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,12 +130,12 @@ def test_lean_is_its_plain_twin_under_autocast(narrow: None, gelu: bool, dtype: 
         torch.testing.assert_close(one, two, rtol=0, atol=0.02 * float(two.abs().max()))
 
 
-def test_lean_without_a_norm_or_a_bias_is_the_plain_one() -> None:
+def test_lean_without_anything_to_compute_again_or_a_bias_is_the_plain_one(narrow: None) -> None:
     norm, to = modules()
-    x = torch.randn(5, 24)
-    assert torch.equal(lean(x, torch.nn.Identity(), to, gelu=True), plain(x, torch.nn.Identity(), to, gelu=True))
-    bare = Linear(24, 10, bias=False)
-    assert torch.equal(lean(x, norm, bare), plain(x, norm, bare, gelu=False))
+    x, nothing, bare = torch.randn(5, 24), torch.nn.Identity(), Linear(24, 10, bias=False)
+    for before, then in ((nothing, to), (norm, bare)):
+        found = lean(x, before, then)
+        assert torch.equal(found, plain(x, before, then, gelu=False)) and "Lean" not in found.grad_fn.name()
 
 
 def test_lean_does_not_bypass_what_is_put_on_a_module(narrow: None) -> None:
@@ -151,9 +156,10 @@ def test_lean_does_not_bypass_what_is_put_on_a_module(narrow: None) -> None:
     torch.testing.assert_close(lean(x, norm, adapter), expected + 2)
 
 
-def test_lean_keeps_its_input_alone(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("normed", [True, False])
+def test_lean_keeps_its_input_alone(narrow: None, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the rows only x survives the forward; the plain twin keeps what GELU and norm made of it as well."""
-    norm, to = modules()
+    norm, to = modules(normed)
     x = torch.randn(1000, 24, requires_grad=True)
 
     def kept(run: Callable[..., Tensor]) -> int:
@@ -164,8 +170,38 @@ def test_lean_keeps_its_input_alone(narrow: None, monkeypatch: pytest.MonkeyPatc
         return sum(size for size in sizes.values() if size >= x.numel())
 
     assert kept(lean) == x.numel()
-    assert kept(plain) == 3 * x.numel()
+    assert kept(plain) == (3 if normed else 2) * x.numel()
     monkeypatch.setattr(fast, "LEAN_WIDTH", 25)
-    assert kept(lean) == 3 * x.numel()
+    assert kept(lean) == kept(plain)
     with torch.no_grad():
         assert lean(x, norm, to).grad_fn is None
+
+
+# --- keys without a bias ----------------------------------------------------------------------------------------------
+
+
+def query_key_value(dim: int = 8) -> QueryKeyValue:
+    torch.manual_seed(0)
+    module = QueryKeyValue(dim)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module
+
+
+def test_keys_have_no_bias() -> None:
+    module, x = query_key_value(), torch.randn(2, 5, 8)
+    q, k, v = module(x).chunk(3, dim=-1)
+    for found, weight, bias in zip((q, k, v), module.weight.chunk(3), (module.q_bias, 0, module.v_bias)):
+        torch.testing.assert_close(found, x @ weight.T + bias)
+    assert {name for name, _ in module.named_parameters()} == {"weight", "q_bias", "v_bias"}
+
+
+def test_lean_of_a_map_whose_keys_have_no_bias_is_its_plain_twin(narrow: None) -> None:
+    norm, to = torch.nn.LayerNorm(8), query_key_value()
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    own, other = lean(x, norm, to), to(norm(x))
+    assert own.grad_fn.name().startswith("LeanLinear")
+    assert torch.equal(own, other)
+    given = (x, *norm.parameters(), *to.parameters())
+    for one, two in zip(gradients(own, *given), gradients(other, *given), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)

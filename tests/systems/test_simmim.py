@@ -13,6 +13,7 @@ from torch import Tensor
 from multiway.data.hide import hide_cells
 from multiway.errors import ConfigError
 from multiway.nn.patch import patchify
+from multiway.nn.position import resize_bias_table
 from multiway.systems.simmim import LAYOUTS, PRESETS, Config, MaskedImageModeling, SimMIM, relative_to_window
 from multiway.types import Batch
 from multiway.weights.rename import to_ours, to_theirs
@@ -20,7 +21,9 @@ from tests.contracts.toys import randomize
 
 VIT = Config(dim=32, depths=(3,), heads=4, patch=8, image_px=32)
 RESNET = Config(encoder="resnet", dim=8, depths=(1, 1, 1), patch=4, image_px=48)
-KINDS = pytest.mark.parametrize("config", [VIT, RESNET], ids=lambda config: config.encoder)
+SWIN = Config(encoder="swin", dim=16, depths=(2, 2), heads=2, patch=4, window=4, image_px=32)
+SWIN_V2 = dataclasses.replace(SWIN, encoder="swin_v2")
+KINDS = pytest.mark.parametrize("config", [VIT, SWIN, SWIN_V2, RESNET], ids=lambda config: config.encoder)
 
 
 def batch(config: Config, count: int = 4, cell: int = 2, seed: int = 0) -> Batch:
@@ -79,9 +82,7 @@ def test_predictions_stand_in_the_order_of_a_pixel_shuffle(config: Config) -> No
     maps = cells.transpose(1, 2).unflatten(2, (rows, rows))
     maps = torch.nn.functional.conv2d(maps, model.decoder.weight[..., None, None], model.decoder.bias)
     want = torch.nn.functional.pixel_shuffle(maps, config.stride)
-    torch.testing.assert_close(
-        model.reconstruct(given["image"], given["image_hide"]), want, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(model.reconstruct(given["image"], given["image_hide"]), want, rtol=1e-5, atol=1e-5)
 
 
 @KINDS
@@ -101,7 +102,7 @@ def test_visible_pixels_are_no_target_and_hidden_ones_are_not_read(config: Confi
 
 
 def test_the_published_mask_hides_a_whole_number_of_cells_from_above() -> None:
-    for preset, cell, count in (("vit_base_patch16_224", 2, 30), ("resnet50_192", 8, 22)):
+    for preset, cell, count in (("vit_base_patch16_224", 2, 30), ("swin_base_window6_192", 8, 22)):
         config = PRESETS[f"simmim_{preset}"]
         hide = hide_cells(config.grid, cell, 0.6, np.random.default_rng(0))
         assert hide.sum() == count * cell**2 and count == math.ceil(len(hide) / cell**2 * 0.6)
@@ -126,8 +127,13 @@ def test_a_flat_picture_is_a_finite_target() -> None:
 @pytest.mark.parametrize(
     ("preset", "total"),
     [
-        # BEiT-B's encoder without its 8192 codes, with 16 x 16 x 3 pixels; ResNet-50 without classes, 3072 pixels.
-        ("vit_base_patch16_224", 85_666_128 + 768 * 769 - 0),
+        # Blocks as BEiT-B's; patches, two tokens, relative bias and norm; the linear map to 16 x 16 x 3 pixels.
+        ("vit_base_patch16_224", 12 * 7_088_640 + 768 * 769 + 2 * 768 + 732 * 12 + 2 * 768 + 768 * 769),
+        # Of vision.md 5.1 and 6.1 without their 1000 classes, with a token and 32 x 32 x 3 pixels; smaller tables.
+        ("swin_base_window6_192", 87_768_224 - 1000 * 1025 + 128 + 3072 * 1025 - (13**2 - 11**2) * (8 + 16 + 288 + 64)),
+        ("swinv2_base_window12_192", 87_918_816 - 1000 * 1025 + 128 + 3072 * 1025),
+        ("swinv2_huge_window12_192", 655_210_922 + 352 + 3072 * 2817),
+        ("swinv2_giant_window12_192", 1_060_976_996 + 448 + 3072 * 3585),
         ("resnet50_192", 23_508_032 + 64 + 3072 * 2049),
     ],
 )
@@ -208,10 +214,19 @@ def test_layers_and_decay() -> None:
     assert layers["encoder.bias.table"] == layers["decoder.weight"] == layers["norm.weight"] == 4
     matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
     assert {name for name in matrices if model.no_decay(name)} == {"encoder.hide_token", "encoder.cls_token"}
-    resnet = SimMIM(RESNET)
-    assert {name: resnet.layer_of(name) for name, _ in resnet.named_parameters()} | {
-        "encoder.embed.0.weight": 0, "encoder.hide_token": 0, "encoder.blocks.1.conv2.1.weight": 2, "decoder.bias": 4
-    } == {name: resnet.layer_of(name) for name, _ in resnet.named_parameters()}  # fmt: skip
+    for config, expected in (
+        (RESNET, {"embed.0.weight": 0, "hide_token": 0, "blocks.1.conv2.1.weight": 2}),
+        (
+            SWIN,
+            {"embed_norm.weight": 0, "stages.0.merge.project.linear.weight": 2, "stages.1.blocks.0.ffn.fc1.bias": 3},
+        ),
+    ):
+        model = SimMIM(config)
+        for name, layer in expected.items():
+            assert name in dict(model.encoder.named_parameters()) and model.layer_of(f"encoder.{name}") == layer
+        assert model.layers == model.config.depth and model.layer_of("decoder.bias") == model.layers + 1
+    tables = [name for name, p in SimMIM(SWIN).named_parameters() if p.ndim > 1 and SimMIM(SWIN).no_decay(name)]
+    assert len(tables) == 4 + 1 and "encoder.stages.1.blocks.1.attention.bias.table" in tables
 
 
 @KINDS
@@ -224,8 +239,24 @@ def test_other_sizes_are_read_and_predicted(config: Config) -> None:
     features = built.model.encode(image=given["image"]).dense("image")[0]
     assert features.shape[1] == built.model.prefix + (96 // config.stride) ** 2
     assert built.model.pool(built.model.encode(image=given["image"])).shape == (4, built.model.encoder.width)
+    same = SimMIM(built.model.config)
+    same.load_state_dict(built.model.state_dict())
+    assert torch.equal(
+        same.eval().encode(image=given["image"]).values, built.eval().model.encode(image=given["image"]).values
+    )
     with pytest.raises(ConfigError, match="whole patches"):
         built.model.set_image_size(100)
+
+
+def test_biases_of_a_swin_are_resized_geometrically() -> None:
+    """With the pictures, as its fine-tuning code does it; Swin's own does it bicubically."""
+    model = objective(SWIN).model
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("bias.table")}
+    model.set_image_size(64, window=8)
+    for name, table in model.named_parameters():
+        if name in before:
+            torch.testing.assert_close(table.data, resize_bias_table(before[name], (4, 4), (8, 8), 0, "geometric"))
+    assert model.config.window == 8 and len(before) == 4
 
 
 def test_only_sums_over_pictures_can_be_split() -> None:
@@ -264,9 +295,9 @@ def test_it_overfits_a_batch(config: Config) -> None:
     ramp = torch.linspace(0, 255, config.image_px)
     shades = torch.linspace(0.2, 1, 4)[:, None, None, None] * (ramp + ramp[:, None]) / 2
     given["image"] = shades.expand(-1, 3, -1, -1).to(torch.uint8)
-    optimizer = torch.optim.AdamW(built.parameters(), lr=3e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(built.parameters(), lr=1e-2, weight_decay=0)
     losses = []
-    for _ in range(100):
+    for _ in range(160):
         loss = loss_of(built, given)
         optimizer.zero_grad()
         loss.backward()

@@ -30,20 +30,32 @@ class EncoderModel(ImageModel):
     """A model around a ViT (as BEiT's: no table of positions, one relative bias for all blocks, keys without bias,
     LayerScale), a Swin, a Swin V2 or a ResNet, with its final norm and perhaps a classifier of the mean of its patches.
 
-    ``config``: the kind ``encoder`` with its ``dim`` and ``heads``, of the first stage, and ``depths``, blocks of every
-    stage (a ViT has one); ``patch``, ``image_px``, ``drop_path``, ``layer_scale``, ``window``, ``trained_window`` as
-    the kinds know them; ``classes``. ``hide_token``: whether patches can be hidden.
+    ``config`` names the kind, ``encoder``, with ``dim`` and ``heads`` of its first stage, and ``depths``, the blocks of
+    every stage (a ViT has one); ``patch``, ``image_px``, ``drop_path``, ``layer_scale``, ``window`` and
+    ``pretrained_window`` as the kinds know them; ``stride``, pixels of a side of a final patch; ``classes``.
     """
 
-    def __init__(self, config: Any, hide_token: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.prefix = int(config.encoder == "vit")  # type: ignore[misc]
-        self.encoder = build_encoder(config, hide_token)
-        width = self.encoder.width
-        self.norm = nn.LayerNorm(width, eps=VIT_EPS) if config.encoder == "vit" else nn.Identity()
+    def assemble(self, hide_token: bool) -> None:
+        """Build encoder, norm and classifier as the config says; ``hide_token``: whether patches can be hidden."""
+        config = self.config
+        self.prefix = int(config.encoder == "vit")
+        named = {"image_px": config.image_px, "patch": config.patch, "dim": config.dim, "heads": config.heads}
+        named |= {"drop_path": config.drop_path, "hide_token": hide_token}
+        self.norm: nn.Module = nn.Identity()
+        if config.encoder == "resnet":
+            self.encoder = ResNet(config.dim, config.depths, hide_token)
+        elif config.encoder == "swin":
+            self.encoder = build_swin(**named, depths=config.depths, window=config.window)
+        elif config.encoder == "swin_v2":
+            own = {"window": config.window, "pretrained_window": config.pretrained_window}
+            self.encoder = build_swin_v2(**named, depths=config.depths, **own)
+        else:
+            own = {"positions": "none", "bias": "shared", "key_bias": False, "layer_scale": config.layer_scale}
+            hidden = FFN_RATIO * config.dim
+            self.encoder = build_vit(**named, depth=config.depths[0], hidden=hidden, eps=VIT_EPS, **own)
+            self.norm = nn.LayerNorm(config.dim, eps=VIT_EPS)
         if config.classes:
-            self.head = Linear(width, config.classes)
+            self.head = Linear(self.encoder.width, config.classes)
 
     def encode(self, *, image: Tensor, draws: Tensor | None = None, hide: Tensor | None = None) -> Tokens:
         """Tokens after the final norm (a ResNet has none); hide: bool (B, P), True = the learned token is read there,
@@ -63,15 +75,13 @@ class EncoderModel(ImageModel):
         changes: dict[str, Any] = {"image_px": image_px, "window": window}
         if self.config.encoder == "swin_v2":
             sides = tuple(stage.window for stage in encoder.stages)
-            changes["trained_window"] = self.config.trained_window or sides
+            changes["pretrained_window"] = self.config.pretrained_window or sides
         self.config = dataclasses.replace(self.config, **changes)
         if self.config.encoder == "vit":
             encoder.set_size(image_px, antialias=False)
         elif self.config.encoder != "resnet":
             for stage, grid in zip(encoder.stages, encoder.grids(image_px), strict=True):
-                for module in stage.modules():
-                    if isinstance(module, RelativeBias):
-                        module.resize((min(window, *grid),) * 2, "geometric")
+                resize_tables(stage, min(window, *grid))
             encoder.set_size(image_px, window)
 
     def layer_of(self, name: str) -> int:
@@ -99,37 +109,25 @@ class EncoderModel(ImageModel):
             nn.init.zeros_(self.head.bias)
 
 
-def build_encoder(config: Any, hide_token: bool) -> nn.Module:
-    """Assemble the encoder of an `EncoderModel`."""
-    if config.encoder == "resnet":
-        return ResNet(config.dim, config.depths, hide_token)
-    shape: dict[str, Any] = {
-        "image_px": config.image_px, "patch": config.patch, "dim": config.dim, "heads": config.heads,
-        "drop_path": config.drop_path, "hide_token": hide_token,
-    }  # fmt: skip
-    if config.encoder == "swin":
-        return build_swin(**shape, depths=config.depths, window=config.window)
-    if config.encoder == "swin_v2":
-        own = {"window": config.window, "trained_window": config.trained_window}
-        return build_swin_v2(**shape, depths=config.depths, **own)
-    return build_vit(
-        **shape, depth=config.depths[0], hidden=FFN_RATIO * config.dim, eps=VIT_EPS, positions="none", bias="shared",
-        key_bias=False, layer_scale=config.layer_scale,
-    )  # fmt: skip
+def resize_tables(stage: nn.Module, side: int) -> None:
+    """Have a Swin's tables of biases serve windows of this side, as SimMIM's fine-tuning does it."""
+    for module in stage.modules():
+        if isinstance(module, RelativeBias):
+            module.resize((side, side), "geometric")
 
 
-def check_encoder(system: str, config: Any) -> None:
-    """Raise ConfigError unless a config describes an encoder of its kind, and pictures are whole final patches."""
-    kind, swin = config.encoder, config.encoder.startswith("swin")
+def check_encoder(system: str, shape: Any) -> None:
+    """Raise ConfigError unless ``shape``, of what `EncoderModel` names, is one of its kind and cuts pictures evenly."""
+    kind, swin = shape.encoder, shape.encoder.startswith("swin")
     wrong = {
-        f"depths of one stage, got {config.depths}": kind == "vit" and len(config.depths) != 1,
-        f"dim divisible by heads, got {config.dim} and {config.heads}": kind != "resnet" and config.dim % config.heads,
-        f"a window, got {config.window}": swin and config.window < 1,
-        f"a trained_window per stage or none, got {config.trained_window}": swin
-        and len(config.trained_window) not in (0, len(config.depths)),
-        f"patches of {STEM_STRIDE} pixels, got {config.patch}": kind == "resnet" and config.patch != STEM_STRIDE,
-        f"drop_path 0, no block of it is dropped, got {config.drop_path}": kind == "resnet" and config.drop_path,
+        f"depths of one stage, got {shape.depths}": kind == "vit" and len(shape.depths) != 1,
+        f"dim divisible by heads, got {shape.dim} and {shape.heads}": kind != "resnet" and shape.dim % shape.heads,
+        f"a window, got {shape.window}": swin and shape.window < 1,
+        f"a pretrained_window per stage or none, got {shape.pretrained_window}": swin
+        and len(shape.pretrained_window) not in (0, len(shape.depths)),
+        f"patches of {STEM_STRIDE} pixels, got {shape.patch}": kind == "resnet" and shape.patch != STEM_STRIDE,
+        f"drop_path 0, no block of it is dropped, got {shape.drop_path}": kind == "resnet" and shape.drop_path,
     }
     if any(wrong.values()):
         raise ConfigError(f"{system} with encoder {kind!r} needs {'; '.join(told for told, so in wrong.items() if so)}")
-    whole_patches(config.image_px, config.stride)
+    whole_patches(shape.image_px, shape.stride)

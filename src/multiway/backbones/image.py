@@ -20,7 +20,7 @@ class ImageModel(nn.Module):
     """
 
     accepts: ClassVar[frozenset[frozenset[str]]] = frozenset({frozenset({"image"})})
-    prefix: ClassVar[int] = 1
+    prefix: int = 1
     """Tokens in front of the patches that `encode` returns: a class token."""
     config: Any
     encoder: Any

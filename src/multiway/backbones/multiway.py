@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from multiway.nn.attention import Cache
 from multiway.nn.block import Block
 from multiway.plan import Plan, Tokens
 
@@ -24,3 +26,11 @@ class MultiwayTransformer(nn.Module):
             own = None if draws is None else draws[2 * i : 2 * i + 2]
             x = block(x, plan, own)
         return Tokens(self.norm(x, plan), plan)
+
+    def extend(self, x: Tensor, plan: Plan, cache: Cache, keep: Tensor | None = None) -> Tensor:
+        """Final rows of new tokens that also see those in the cache, as `Attention.extend`: (R, D) -> (R, D)."""
+        block: Any
+        for layer, block in enumerate(self.blocks):
+            x = x + block.attention.extend(x, plan, cache, layer, keep)
+            x = x + block.ffn(x, plan)
+        return self.norm(x, plan)

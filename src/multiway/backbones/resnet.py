@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multiway.nn.pixels import Size
-
 STEM_STRIDE = 4
 EXPANSION = 4
 """How many times wider a bottleneck's ends are than its middle."""
@@ -79,9 +77,6 @@ class ResNet(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x.flatten(2).transpose(1, 2)
-
-    def set_size(self, size: Size, antialias: bool) -> None:
-        """Nothing depends on the size of pictures."""
 
     @torch.no_grad()
     def init_weights(self) -> None:

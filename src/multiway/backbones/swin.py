@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -106,18 +106,18 @@ class SwinTransformer(nn.Module):
             done += len(stage.blocks)
             maps.append(x)
             if stage.merge is not None:
-                x = stage.merge(x)
+                x = stage.merge(x).to(x.dtype)
         return maps
 
     def tokens(self, image: Tensor, hide: Tensor | None = None) -> Tensor:
-        """What the first block reads: (B, rows, columns, D)."""
+        """What the first block reads: (B, rows, columns, D), in the parameters' dtype, as all that branches add to."""
         patch = self.embed.kernel_size[0]
         height, width = image.shape[2:]
         image = F.pad(image.to(self.embed.weight.dtype), (0, -width % patch, 0, -height % patch))
-        x = self.embed_norm(self.embed(image))  # (B, P, D)
+        x = self.embed_norm(self.embed(image)).to(self.embed_norm.weight.dtype)  # (B, P, D)
         if hide is not None:
             assert self.hide_token is not None, "built with hide_token"
-            x = torch.where(hide[..., None], self.hide_token.to(x.dtype), x)
+            x = torch.where(hide[..., None], self.hide_token, x)
         return x.unflatten(1, self.grids((height, width))[0])
 
     def layouts(self, stage: Stage, x: Tensor) -> tuple[Layout, Layout]:
@@ -148,16 +148,16 @@ class SwinTransformer(nn.Module):
         """Rows and columns of every stage's map of such a picture."""
         return grids(size, self.embed.kernel_size[0], len(self.stages))
 
-    def set_size(self, size: Size, window: int) -> None:
+    def set_size(self, size: Size, window: int, method: Literal["geometric", "bicubic"] = "bicubic") -> None:
         """Prepare for pictures of this size: every stage's windows have side ``window``, or that of its map if that is
-        smaller; tables of biases are resized as pictures (bicubic), MLPs serve as they are.
+        smaller; tables of biases are resized by the ``method`` (see `resize_bias_table`), MLPs serve as they are.
         """
         for stage, grid in zip(self.stages, self.grids(size), strict=True):
             side = min(window, *grid)
             stage.window = side
             for module in stage.modules():
                 if isinstance(module, RelativeBias):
-                    module.resize((side, side), "bicubic")
+                    module.resize((side, side), method)
                 elif isinstance(module, ContinuousBias):
                     module.resize(side)
 
@@ -189,7 +189,7 @@ class SwinTransformer(nn.Module):
 class SwinModel(ImageModel):
     """What `Swin` and `SwinV2` share as models of pictures: no class token, the class is read from the mean."""
 
-    prefix: ClassVar[int] = 0
+    prefix: int = 0
 
     def pool(self, tokens: Tokens) -> Tensor:
         """The mean of all places: (B, D)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multiway.errors import ConfigError
+from multiway.nn.activation import Activation
 from multiway.nn.attention import SelfAttention
 from multiway.nn.block import Residual
 from multiway.nn.ffn import FeedForward, NormLinear
@@ -23,7 +24,8 @@ class VisionTransformer(nn.Module):
     """Normalised pictures -> class token and patches (B, 1 + P, D), row-major, before any final norm.
 
     ``positions``: (1 + P, D) added to them, learned (a parameter), fixed (a buffer) or None; ``bias``: one relative
-    bias for all blocks, or None; ``hide_token``: whether hidden patches are replaced by a learned token.
+    bias for all blocks, or None; ``hide_token``: whether hidden patches are replaced by a learned token;
+    ``class_token``: whether there is one, else read 0 for 1 here and below.
     """
 
     TOKENS: ClassVar[tuple[str, ...]] = ("encoder.cls_token", "encoder.hide_token", "encoder.positions")
@@ -39,11 +41,12 @@ class VisionTransformer(nn.Module):
         positions: Tensor | None,
         bias: RelativeBias | None,
         hide_token: bool,
+        class_token: bool = True,
     ) -> None:
         super().__init__()
         dim = embed.out_channels
         self.embed = embed
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.hide_token = nn.Parameter(torch.zeros(1, 1, dim)) if hide_token else None
         if positions is None or isinstance(positions, nn.Parameter):
             self.positions = positions
@@ -73,15 +76,16 @@ class VisionTransformer(nn.Module):
         if image.shape[2:] != expected:
             raise ConfigError(f"pictures of {tuple(image.shape[2:])} pixels, expected {expected}: call set_image_size")
         x = self.embed(image.to(self.embed.weight.dtype))  # (B, P, D)
-        cls = self.cls_token
         if hide is not None:
             assert self.hide_token is not None, "built with hide_token"
             x = torch.where(hide[..., None], self.hide_token.to(x.dtype), x)
         if self.positions is not None:
-            x = x + self.positions[1:]
-            cls = cls + self.positions[0]
+            x = x + self.positions[self.prefix :]
         if keep is not None:
             x = x.take_along_dim(keep[..., None], dim=1)
+        if self.cls_token is None:
+            return x
+        cls = self.cls_token if self.positions is None else self.cls_token + self.positions[0]
         return torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
 
     def run(self, x: Tensor, draws: Tensor | None = None, blocks: slice = slice(None)) -> Tensor:
@@ -93,6 +97,11 @@ class VisionTransformer(nn.Module):
         return x
 
     @property
+    def prefix(self) -> int:
+        """Number of class tokens in front of the patches: 1, or 0."""
+        return 0 if self.cls_token is None else 1
+
+    @property
     def width(self) -> int:
         """D."""
         return self.embed.out_channels
@@ -101,7 +110,7 @@ class VisionTransformer(nn.Module):
         """Read pictures of another size: positions are interpolated bicubically, relative biases geometrically."""
         grid = whole_patches(size, self.embed.kernel_size[0])
         if self.positions is not None:
-            table = resize_positions(self.positions.data, self.grid, grid, 1, antialias)
+            table = resize_positions(self.positions.data, self.grid, grid, self.prefix, antialias)
             self.positions = nn.Parameter(table) if isinstance(self.positions, nn.Parameter) else table
         for module in self.modules():
             if isinstance(module, RelativeBias):
@@ -134,6 +143,7 @@ def build_block(
     key_bias: bool = True,
     layer_scale: float = 0.0,
     bias: RelativeBias | None = None,
+    activation: Activation = "gelu",
 ) -> Residual:
     """A pre-norm block; ``key_bias``: whether keys have one; ``layer_scale``: first value of the factors, 0 = none."""
 
@@ -142,7 +152,7 @@ def build_block(
 
     qkv = NormLinear(norm(), Linear(dim, 3 * dim) if key_bias else QueryKeyValue(dim))
     attention = SelfAttention(qkv, Linear(dim, dim), heads, bias)
-    ffn = FeedForward(norm(), Linear(dim, hidden), nn.Identity(), Linear(hidden, dim))
+    ffn = FeedForward(norm(), Linear(dim, hidden), nn.Identity(), Linear(hidden, dim), activation)
     return Residual(attention, ffn, drop_rate, (dim, layer_scale) if layer_scale else None)
 
 
@@ -161,24 +171,30 @@ def build_vit(
     key_bias: bool = True,
     layer_scale: float = 0.0,
     hide_token: bool = False,
+    class_token: bool = True,
+    patch_bias: bool = True,
+    activation: Activation = "gelu",
     channels: int = 3,
 ) -> VisionTransformer:
     """Assemble one; ``bias``: relative position bias, one for all blocks or one each; the rest as `build_block`.
 
-    ``drop_path``: rate of the last block, rising linearly from 0 at the first.
+    ``drop_path``: rate of the last block, rising linearly from 0 at the first; ``patch_bias``: of their embedding.
     """
     grid = whole_patches(image_px, patch)
+    prefix: Literal[0, 1] = 1 if class_token else 0
     table: Tensor | None = None
     if positions == "sincos":
-        table = sincos_positions(dim, grid, prefix=1)
+        table = sincos_positions(dim, grid, prefix)
     elif positions == "learned":
-        table = nn.Parameter(torch.zeros(1 + grid[0] * grid[1], dim))
+        table = nn.Parameter(torch.zeros(prefix + grid[0] * grid[1], dim))
     blocks = [
         build_block(
             dim=dim, heads=heads, hidden=hidden, drop_rate=drop_path * i / max(1, depth - 1), eps=eps,
-            key_bias=key_bias, layer_scale=layer_scale, bias=RelativeBias(grid, heads, 1) if bias == "layer" else None,
+            key_bias=key_bias, layer_scale=layer_scale, activation=activation,
+            bias=RelativeBias(grid, heads, prefix) if bias == "layer" else None,
         )
         for i in range(depth)
     ]  # fmt: skip
-    shared = RelativeBias(grid, heads, 1) if bias == "shared" else None
-    return VisionTransformer(PatchEmbed(patch, dim, channels), blocks, grid, table, shared, hide_token)
+    shared = RelativeBias(grid, heads, prefix) if bias == "shared" else None
+    embed = PatchEmbed(patch, dim, channels, patch_bias)
+    return VisionTransformer(embed, blocks, grid, table, shared, hide_token, class_token)

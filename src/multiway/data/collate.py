@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from multiway.data.hide import hide_blocks, hide_words, smallest_block
+from multiway.data.text import framed
 from multiway.plan import make_plan
 from multiway.types import Batch
 
@@ -38,12 +39,13 @@ Samples = Mapping[str, Sequence[Sample]]
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """The ids collate needs of a text vocabulary: ``<s>``, ``</s>``, ``<mask>``, the range [first, stop) of words; and
-    the greatest number of tokens, with the two specials, of a text of a pair (``longest``) and alone (``window``)."""
+    """The ids collate needs of a text vocabulary: ``<s>``, ``</s>``, ``<mask>`` (None = it has none), the range [first,
+    stop) of words; and the greatest number of tokens, with the specials, of a text of a pair (``longest``) and alone
+    (``window``)."""
 
-    bos: int
+    bos: int | None
     eos: int
-    mask_id: int
+    mask_id: int | None
     first: int
     stop: int
     longest: int
@@ -51,10 +53,7 @@ class Words:
 
     def framed(self, ids: np.ndarray, kind: str) -> np.ndarray:
         """``<s> ids </s>`` as int64, cut to the longest of its kind."""
-        ids = ids[: (self.window if kind == "text" else self.longest) - 2]
-        framed = np.empty(len(ids) + 2, np.int64)
-        framed[0], framed[1:-1], framed[-1] = self.bos, ids, self.eos
-        return framed
+        return framed(ids, self.bos, self.eos, self.window if kind == "text" else self.longest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +138,15 @@ class DualCollate:
     """Batches for contrast: picture and text of each pair apart, as image-only and text-only, nothing hidden.
 
     The i-th picture belongs to the i-th text. ``branches`` as in `MaskedCollate`; ``keep``: share of the patches of
-    each picture that are read, drawn anew every time (FLIP, arXiv 2212.00794).
+    each picture that are read, drawn anew every time (FLIP, arXiv 2212.00794); ``causal``: whether tokens of a text see
+    none behind them (CLIP).
     """
 
     words: Words
     grid: tuple[int, int]
     branches: int = 0
     keep: float = 1.0
+    causal: bool = False
 
     def __call__(self, samples: Samples) -> Batch:
         """Lay out the pairs as two kinds of samples."""
@@ -155,7 +156,7 @@ class DualCollate:
         patches = self.grid[0] * self.grid[1]
         kept = max(1, round(self.keep * patches))
         lengths = {"image": {"image": [kept + 1] * len(pairs)}, "text": {"text": [len(t) for t in texts]}}
-        batch = {"plan": make_plan(lengths), **basics(apart, self.branches)}
+        batch = {"plan": make_plan(lengths, causal_text=self.causal), **basics(apart, self.branches)}
         if kept < patches:
             drawn = np.stack([sample.rng.permutation(patches)[:kept] for sample in pairs])
             batch["image_keep"] = torch.from_numpy(np.sort(drawn, axis=1))

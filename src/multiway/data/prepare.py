@@ -81,7 +81,7 @@ class Corpus:
         if t is None:
             raise ConfigError(f"{data.root} has no texts and data.tokenizer names none: masked words need one")
         return Words(
-            bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.unk + 1, stop=t.hide,
+            bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.words[0], stop=t.words[1],
             longest=data.text_tokens, window=data.window,
         )  # fmt: skip
 

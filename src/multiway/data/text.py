@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from multiway.data.bpe import clip_bpe, read_merges
 from multiway.errors import ConfigError, DataError, MissingInputError
 
 MAX_CHARS = 100_000
 """Longest text that is tokenized in one piece, in characters."""
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+BOS, EOS, UNK = 0, 2, 3
 HIDE = "<mask>"
+OURS: Mapping[str, str] = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "hide": HIDE}
+OTHERS: Sequence[Mapping[str, str]] = (
+    {"bos": "<|startoftext|>", "pad": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
+    {"pad": "</s>", "eos": "</s>", "unk": "<unk>"},
+)
+"""What the special ids are called: here, and in the tokenizers of CLIP and SigLIP, which have no ``<mask>``."""
 MAX_PIECE = 16  # characters, as SentencePiece
 CANDIDATES = 3  # candidate pieces for each one the vocabulary will have
 SHRINK = 0.75  # what survives one round of pruning
@@ -59,26 +68,46 @@ def sanitize(text: str, *, max_chars: int = MAX_CHARS) -> tuple[str, tuple[str, 
     return text, tuple(notes)
 
 
+def framed(ids: np.ndarray, bos: int | None, eos: int, longest: int) -> np.ndarray:
+    """``<s> ids </s>`` as int64, cut so that it has at most ``longest`` ids; bos: None = without."""
+    start = () if bos is None else (bos,)
+    return np.concatenate([start, ids[: longest - len(start) - 1], (eos,)]).astype(np.int64)
+
+
 class TextTokenizer:
     """Text to ids and back: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, pieces, ``<mask>`` last.
 
     No text ever becomes a special id other than ``<unk>``: what spells one is read as ordinary characters.
-    ``bos pad eos unk hide``: the special ids; ``vocab``: number of ids; ``hash``: sha256 of its JSON.
+    ``bos pad eos unk hide``: the special ids, None where it has none; ``words``: first and one past the last id of
+    ordinary pieces; ``vocab``: number of ids; ``hash``: sha256 of its JSON. Tokenizers of CLIP and SigLIP have their
+    own special ids, `OTHERS`.
 
     Raises DataError when a tokenizer has other ids.
 
     Source: ids as XLM-R and BEiT-3 have them.
     """
 
-    bos, pad, eos, unk = range(4)
+    bos: int | None
+    pad: int
+    eos: int
+    unk: int
+    hide: int | None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.vocab: int = tokenizer.get_vocab_size()
-        self.hide: int = self.vocab - 1
-        expected = {**{token: i for i, token in enumerate(SPECIALS)}, HIDE: self.hide}
-        found = {token: tokenizer.token_to_id(token) for token in expected}
-        if found != expected:
-            raise DataError(f"tokenizer has the special ids {found}, expected {expected}: convert it first")
+        every = {token: tokenizer.token_to_id(token) for names in (OURS, *OTHERS) for token in names.values()}
+        names = next((names for names in (OURS, *OTHERS) if None not in map(every.get, names.values())), OURS)
+        if names is OURS or ("bos" not in names and every["<s>"] is not None):
+            expected = {**{token: i for i, token in enumerate(SPECIALS)}, HIDE: self.vocab - 1}
+            found = {token: every[token] for token in expected}
+            if found != expected:
+                raise DataError(f"tokenizer has the special ids {found}, expected {expected}: convert it first")
+        ids = {name: every[token] for name, token in names.items()}
+        self.bos, self.pad, self.eos, self.unk, self.hide = (ids.get(name) for name in OURS)  # type: ignore[assignment]
+        self._special = sorted(set(ids.values()))
+        gaps = itertools.pairwise([-1, *self._special, self.vocab])
+        before, stop = max(gaps, key=lambda gap: gap[1] - gap[0])
+        self.words: tuple[int, int] = before + 1, stop
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -107,7 +136,7 @@ class TextTokenizer:
         room = vocab - len(SPECIALS) - 1
         alphabet = _alphabet(words, room // 2)
         wanted = room if model == "bpe" else room * CANDIDATES
-        bpe = models.BPE(unk_token=SPECIALS[cls.unk], fuse_unk=True)
+        bpe = models.BPE(unk_token=SPECIALS[UNK], fuse_unk=True)
         merged = Tokenizer(bpe)
         trainer = trainers.BpeTrainer(
             vocab_size=wanted + len(SPECIALS),
@@ -123,16 +152,19 @@ class TextTokenizer:
             return cls(_assemble(merged.model))
         pieces = [piece for piece in merged.get_vocab() if piece not in SPECIALS]
         scores = _unigram_scores(words, pieces, room)
-        return cls(_assemble(models.Unigram([*((s, 0.0) for s in SPECIALS), *scores], unk_id=cls.unk)))
+        return cls(_assemble(models.Unigram([*((s, 0.0) for s in SPECIALS), *scores], unk_id=UNK)))
 
     @classmethod
     def load(cls, path: Path | str) -> TextTokenizer:
-        """Read a ``tokenizer.json``.
+        """Read a ``tokenizer.json``, or CLIP's merges as they were published, ``merges.txt`` or
+        ``bpe_simple_vocab_16e6.txt.gz``.
 
         Raises MissingInputError without the file, DataError when it is not such a file or has other special ids.
         """
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such tokenizer file, expected a tokenizer.json")
+        if Path(path).suffix in (".txt", ".gz"):
+            return cls(clip_bpe(read_merges(Path(path))))
         try:
             return cls(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
         except DataError as error:
@@ -156,11 +188,14 @@ class TextTokenizer:
 
     def text(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text that ids (n,) stand for; special ids are left out."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        end = getattr(self._tokenizer.model, "end_of_word_suffix", None)
+        return text.replace(end, " ").rstrip() if end else text
 
     def _ordinary(self, ids: np.ndarray) -> np.ndarray:
         """Read pieces that spell a special token (a foreign vocabulary may match them) as unknown."""
-        ids[(ids < self.unk) | (ids == self.hide)] = self.unk
+        for special in self._special:
+            ids[ids == special] = self.unk
         return ids
 
 
@@ -222,8 +257,8 @@ def _assemble(model: models.Model) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("<", "isolated"), spaces])
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     tokenizer.add_special_tokens([*SPECIALS, HIDE])
-    bos, eos = SPECIALS[TextTokenizer.bos], SPECIALS[TextTokenizer.eos]
-    special = [(bos, TextTokenizer.bos), (eos, TextTokenizer.eos)]
+    bos, eos = SPECIALS[BOS], SPECIALS[EOS]
+    special = [(bos, BOS), (eos, EOS)]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} {eos} $B {eos}", special_tokens=special
     )

@@ -124,7 +124,7 @@ class Trainer:
     """The state of a run: objective, optimiser, average, and the number of steps done."""
 
     def __init__(self, run: Run, job: Job, out: Path, process: Process, signals: Signals) -> None:
-        if run.parallel.micro > 1 and not job.objective.splittable:
+        if run.parallel.micro > 1 and not (job.objective.splittable or job.objective.joins):
             raise ConfigError(
                 f"{type(job.objective).__name__} compares all samples of a step with each other: parallel.micro must "
                 f"be 1, got {run.parallel.micro}. Take fewer items per step, or more processes"
@@ -191,10 +191,12 @@ class Trainer:
         process, objective = self.process, self.objective
         micros, counts = self.load(loaded)
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micros):
-            synchronise_gradients(objective, i == len(micros) - 1)
+        # What compares all samples of a step takes its micro-batches together.
+        parts = micros if objective.splittable or len(micros) == 1 else [micros]
+        for i, part in enumerate(parts):
+            synchronise_gradients(objective, i == len(parts) - 1)
             with torch.autocast(process.device.type, torch.bfloat16, enabled=self.run.parallel.precision == "bf16"):
-                output = objective(move(batch, process.device), counts, self.across)
+                output = objective(move(part, process.device), counts, self.across)
             # FSDP takes the mean of gradients over processes; the loss is already a share of a global sum.
             (output.loss * process.world).backward()
             for name, value in {"loss": output.loss.detach(), **output.sums}.items():

@@ -74,6 +74,34 @@ def attend_by_gemm(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
     return scores.softmax(-1) @ v
 
 
+class Cache:
+    """Keys and values of tokens that later ones attend to: a buffer (B, H, places, C) of each per layer.
+
+    ``filled``: places that stay. What is put behind them is seen once, and overwritten by what comes next.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.filled = 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, H, N, C) of a layer behind the filled places; return those up to and with them."""
+        if layer not in self.layers:
+            size = (*k.shape[:2], self.places, k.shape[3])
+            self.layers[layer] = k.new_empty(size), v.new_empty(size)
+        start, stop = self.filled, self.filled + k.shape[2]
+        keys, values = self.layers[layer]
+        keys[:, :, start:stop], values[:, :, start:stop] = k, v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def reorder(self, start: int, parents: Tensor) -> None:
+        """Give every beam the past of its parent: int64 (B, K) of K beams, which take turns from place ``start`` on."""
+        index = parents[:, None, None, :, None]
+        for part in (part[:, :, start : self.filled] for both in self.layers.values() for part in both):
+            part.copy_(part.unflatten(2, (-1, parents.shape[1])).take_along_dim(index, 3).flatten(2, 3))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: ``qkv`` (R, D) -> (R, 3 D), attention within each sample, ``out`` (R, D) -> (R, D).
 
@@ -101,6 +129,17 @@ class Attention(nn.Module):
         q, k, v = qkv.view(group.samples, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, C)
         mixed = attend(q, k, v, group.keep).transpose(1, 2).reshape(group.samples * group.length, -1)  # (B N, D)
         return mixed if group.inverse is None else Unpad.apply(mixed, group.inverse)  # type: ignore[return-value]
+
+    def extend(self, x: Tensor, plan: Plan, cache: Cache, layer: int, keep: Tensor | None) -> Tensor:
+        """As forward, without gradient, for new tokens that also see those in the cache, where theirs are put.
+
+        ``plan``: of N new tokens per sample; ``keep``: bool, broadcast to (B, H, N, filled + N), True = may attend,
+        None = all do.
+        """
+        group = plan.groups[0]
+        q, k, v = self.qkv(x, plan).view(group.samples, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = attend(q, *cache.put(layer, k, v), keep).transpose(1, 2)  # (B, N, H, C)
+        return self.out(mixed.reshape(x.shape), plan)
 
 
 class SelfAttention(nn.Module):
@@ -134,6 +173,6 @@ class SelfAttention(nn.Module):
 
     def total(self, bias: Tensor | None) -> Tensor | None:
         """The given bias and the layer's own."""
-        if self.bias is None:
-            return bias
-        return self.bias() if bias is None else self.bias() + bias
+        if self.bias is None or bias is None:
+            return bias if self.bias is None else self.bias()
+        return self.bias().masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else self.bias() + bias

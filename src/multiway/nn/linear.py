@@ -104,17 +104,24 @@ AnyLinear = nn.Linear | QueryKeyValue
 
 
 class LeanLinear(torch.autograd.Function):
-    """`lean`, forward and backward; it keeps x and the weights."""
+    """`lean`, forward and backward; it keeps x and the weights. ``gain``, ``shift``: of the norm, or None without."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, norm: nn.LayerNorm, gelu: bool, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
+        ctx: Any,
+        x: Tensor,
+        eps: float,
+        gelu: bool,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
     ) -> Tensor:
         """x: (..., I) -> (..., O)."""
-        ctx.gelu, ctx.eps = gelu, norm.eps
+        ctx.gelu, ctx.eps, ctx.dtype = gelu, eps, weight.dtype
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        _, seen, _, _ = _normed(x, gelu, gain, shift, norm.eps)
+        _, seen, _, _ = _normed(x, gelu, gain, shift, eps)
         cast = weight.to(dtype)
         ctx.save_for_backward(x, gain, shift, cast)
         return linear(seen.to(dtype), cast, bias.to(dtype))
@@ -122,16 +129,16 @@ class LeanLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of what needs one; those of parameters in fp32."""
+        """Gradients of what needs one; those of parameters in their dtype."""
         x, gain, shift, weight = ctx.saved_tensors
         of_x, _, _, of_gain, of_shift, of_weight, of_bias = ctx.needs_input_grad
         active, seen, mean, deviation = _normed(x, ctx.gelu, gain, shift, ctx.eps)
         rows, flat = grad.flatten(0, -2), seen.flatten(0, -2).to(grad.dtype)
-        pulled = linear(grad, weight.t()).to(seen.dtype)
-        needed = [of_x, of_gain, of_shift]
-        of_active, *of_norm = torch.ops.aten.native_layer_norm_backward(
-            pulled, active, gain.shape, mean, deviation, gain, shift, needed
-        )
+        of_active, of_norm = linear(grad, weight.t()).to(seen.dtype), (None, None)
+        if gain is not None:
+            of_active, *of_norm = torch.ops.aten.native_layer_norm_backward(
+                of_active, active, gain.shape, mean, deviation, gain, shift, [of_x, of_gain, of_shift]
+            )
         if of_x and ctx.gelu:
             of_active = torch.ops.aten.gelu_backward(of_active.to(x.dtype), x)
         return (
@@ -139,36 +146,43 @@ class LeanLinear(torch.autograd.Function):
             None,
             None,
             *of_norm,
-            linear(rows.t(), flat.t()).to(gain.dtype) if of_weight else None,
-            rows.sum(0).to(gain.dtype) if of_bias else None,
+            linear(rows.t(), flat.t()).to(ctx.dtype) if of_weight else None,
+            rows.sum(0).to(ctx.dtype) if of_bias else None,
         )
 
 
-def _normed(x: Tensor, gelu: bool, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is normed, its norm, and mean and inverse deviation of each row."""
+def _normed(
+    x: Tensor, gelu: bool, gain: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What is normed, its norm, and mean and inverse deviation of each row; without a norm only what it would norm."""
     active = F.gelu(x) if gelu else x
+    if gain is None:
+        return active, active, None, None
     if x.device.type != "cpu":
         active = active.to(gain.dtype)  # as autocast has it there; CPUs norm bf16 with fp32 parameters
     return active, *torch.native_layer_norm(active, gain.shape, gain, shift, eps)  # type: ignore[return-value]
 
 
-def can_be_lean(norm: nn.Module, to: AnyLinear) -> bool:
-    """Whether these are wide, and nothing but a LayerNorm and a linear map, each with a bias."""
-    if to.in_features < LEAN_WIDTH or type(norm) is not nn.LayerNorm:
+def can_be_lean(norm: nn.Module, to: AnyLinear, gelu: bool) -> bool:
+    """Whether these are wide, something is worth computing again, and nothing but a LayerNorm (or, behind GELU, none)
+    and a linear map, each with a bias.
+    """
+    biased = type(to) is QueryKeyValue or (type(to) in (Linear, nn.Linear) and to.bias is not None)
+    if to.in_features < LEAN_WIDTH or not biased:
         return False
-    if type(to) not in (Linear, nn.Linear, QueryKeyValue):
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (norm, to)):
         return False
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (norm, to))
-    return norm.bias is not None and to.bias is not None and not hooked
+    return (type(norm) is nn.LayerNorm and norm.bias is not None) or (gelu and type(norm) is nn.Identity)
 
 
 def lean(x: Tensor, norm: nn.Module, to: AnyLinear, *, gelu: bool = False) -> Tensor:
     """``to(norm(x))``, or ``to(norm(GELU(x)))``: with gradients only x is kept, the rest is computed again.
 
     Half of a block's activations are results of norms and of GELU, which are cheap. x: (..., I) -> (..., O). Rows
-    narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a LayerNorm and a biased linear
-    map (adapters, hooks).
+    narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a LayerNorm (or, behind GELU, an
+    Identity) and a biased linear map (adapters, hooks).
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not can_be_lean(norm, to):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not can_be_lean(norm, to, gelu):
         return to(norm(F.gelu(x) if gelu else x))
-    return LeanLinear.apply(x, norm, gelu, norm.weight, norm.bias, to.weight, to.bias)  # type: ignore[return-value]
+    gain, shift, eps = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
+    return LeanLinear.apply(x, eps, gelu, gain, shift, to.weight, to.bias)  # type: ignore[return-value]

@@ -24,8 +24,8 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 class PatchEmbed(nn.Conv2d):
     """Non-overlapping patches to vectors: a convolution of stride ``patch``, run as one GEMM over all patches."""
 
-    def __init__(self, patch: int, dim: int, channels: int = 3) -> None:
-        super().__init__(channels, dim, patch, patch)
+    def __init__(self, patch: int, dim: int, channels: int = 3, bias: bool = True) -> None:
+        super().__init__(channels, dim, patch, patch, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: float (B, C, H, W) -> (B, P, D), P row-major."""

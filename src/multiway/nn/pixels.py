@@ -28,6 +28,6 @@ def normalise(image: Tensor, mean: Colour, std: Colour) -> Tensor:
     """uint8 (B, 3, H, W) -> float32, zero at ``mean`` and one at ``mean + std``; floats are such already and stay."""
     if image.is_floating_point():
         return image
-    shift = torch.tensor(mean, device=image.device).mul_(255).view(3, 1, 1)
-    scale = torch.tensor(std, device=image.device).mul_(255).view(3, 1, 1)
+    colours = 255 * torch.tensor([mean, std])[..., None, None]
+    shift, scale = colours.to(image.device, non_blocking=True)  # nobody waits for the device
     return (image - shift).div_(scale)

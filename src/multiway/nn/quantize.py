@@ -184,8 +184,8 @@ class CodebookUpdate(nn.Module):
             codebook.weight.copy_(spherical_means(pool, len(sums)))
             codebook.started.fill_(1)
             return
-        means = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), codebook.weight)
-        codebook.weight.copy_(F.normalize(codebook.weight.lerp(means, 1 - DECAY), dim=-1))
+        moved = F.normalize(codebook.weight.lerp(F.normalize(sums, dim=-1), 1 - DECAY), dim=-1)
+        codebook.weight.copy_(torch.where(counts[:, None] > 0, moved, codebook.weight))
         codebook.cluster_size.lerp_(counts, 1 - DECAY)
         self.chosen[1] += counts
         if (step + 1) % WINDOW == 0:

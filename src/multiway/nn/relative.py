@@ -27,7 +27,8 @@ class RelativeBias(nn.Module):
     def forward(self) -> Tensor:
         """Look all pairs up."""
         if self._index is None or self._index.device != self.table.device:
-            self._index = relative_index(self.window, self.prefix).flatten().to(self.table.device)
+            with torch.inference_mode(False):  # kept, perhaps until a step of training
+                self._index = relative_index(self.window, self.prefix).flatten().to(self.table.device)
         tokens = self.window[0] * self.window[1] + self.prefix
         return self.table.index_select(0, self._index).view(tokens, tokens, -1).permute(2, 0, 1).contiguous()
 

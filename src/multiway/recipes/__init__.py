@@ -21,7 +21,9 @@ def names() -> Iterator[tuple[str, str]]:
         for node in tree.body:
             if not isinstance(node, ast.FunctionDef) or node.returns is None or node.name.startswith("_"):
                 continue
-            if ast.unparse(node.returns) == "Run":
+            given = node.args
+            takes_nothing = not (given.posonlyargs or given.args or given.kwonlyargs)
+            if ast.unparse(node.returns) == "Run" and takes_nothing:
                 yield f"{found.name}.{node.name}", (ast.get_docstring(node) or "").split("\n")[0]
 
 

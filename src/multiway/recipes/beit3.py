@@ -1,4 +1,5 @@
-"""Recipes of BEiT-3: masked pre-training in five sizes, contrastive tuning (``_itc``), retrieval (``_retrieval``).
+"""Recipes of BEiT-3: masked pre-training in five sizes, contrastive tuning (``_itc``), retrieval (``_retrieval``),
+captioning (``_captioning``), classes of pictures (``_classify``, ``_imagenet``).
 
 ``multiway train beit3.NAME --out DIR`` trains one; every setting can be overridden (``multiway show beit3.NAME``).
 Figures of base, large and giant are the paper's and the released code's (masked.md 6.5, 7.1); the batch is theirs as
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multiway import evaluation, pretrained
@@ -26,9 +27,7 @@ from multiway.data.collate import DualCollate, MaskedCollate, Samples, Words
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
 from multiway.data.prepare import (
-    Corpus,
     Load,
-    fit_patch_codebook,
     open_corpus,
     scene_corpus,
     splits,
@@ -38,8 +37,12 @@ from multiway.data.views import StoredViews
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
 from multiway.errors import ConfigError
+from multiway.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Preprocessor, Pretrained
+from multiway.recipes import captioning, pictures
+from multiway.recipes.captioning import Caption
+from multiway.recipes.pictures import make_codebook
 from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
 from multiway.systems.beit3 import PRESETS, BEiT3, Config, MaskedAndContrast, MaskedDataModeling
 from multiway.tasks import retrieval
@@ -313,6 +316,84 @@ def giant_retrieval() -> Run:
     return _retrieval(giant(), lr=1e-5, decay=0.95, drop_path=0.3)
 
 
+# ------------------------------------------------------------------------------------------------------ captioning
+
+
+def quick_captioning() -> Run:
+    """Captions of your own pictures, learned from scratch or from a photos model: a CPU core, ten minutes.
+
+    Command: ``multiway train beit3.quick_captioning --data.root DIR --out runs/captioning``. Not yet run by us.
+    """
+    run = photos()
+    return dataclasses.replace(
+        run, recipe="beit3.quick_captioning", objective=Caption(),
+        model=dataclasses.replace(run.model, codes=0, contrast=False),
+        data=dataclasses.replace(run.data, images=0, texts=0, pairs=64, text_tokens=32, jitter=0.0),
+        optim=Optim(lr=1e-3, matrices="muon", weight_decay=0.1),
+        schedule=Schedule(steps=1500, warmup=100),
+    )  # fmt: skip
+
+
+def base_captioning() -> Run:
+    """Captioning by a base model, tuned on COCO as released: GPUs.
+
+    Command: ``multiway train beit3.base_captioning --data.root DIR --init DIR/final --out runs/base_captioning``. Not
+    yet run by us.
+    """
+    return captioning.tuned(base(), "beit3.base_captioning", lr=4e-5)
+
+
+def large_captioning() -> Run:
+    """Captioning by a large model, tuned on COCO as released: GPUs.
+
+    Command: ``multiway train beit3.large_captioning --data.root DIR --init DIR/final --out runs/large_captioning``.
+    Not yet run by us.
+    """
+    return captioning.tuned(large(), "beit3.large_captioning", lr=8e-6)
+
+
+# ------------------------------------------------------------------------------------------- classes, from vision alone
+
+
+def quick_classify() -> Run:
+    """Classification by the vision half of a quick model: two CPU cores, minutes.
+
+    Command: ``multiway train beit3.quick_classify --init runs/quick/final --out runs/classify``, or with
+    ``--data.root DIR``, pictures in folders named after their class. Not yet run by us.
+    """
+    model = dataclasses.replace(quick().model, masked=False, contrast=False)
+    return dataclasses.replace(pictures.quick_tune("beit3.quick_classify", model), model=model)
+
+
+def _imagenet(name: str, model: Config, lr: float, decay: float, drop_path: float) -> Run:
+    """Fine-tuning on ImageNet-1k as released (masked.md 6.5): 50 epochs of batch 1024, 5 of warm-up."""
+    model = dataclasses.replace(
+        model, masked=False, classes=1000, mean=IMAGENET_MEAN, std=IMAGENET_STD, share=1.0, drop_path=drop_path
+    )
+    return pictures.imagenet(
+        f"beit3.{name}", model, pictures.Classify(), batch=1024, epochs=50, warmup=5, scale=0.08, lr=lr, final_lr=1e-6,
+        layer_decay=decay, clip=0.0,
+    )  # fmt: skip
+
+
+def base_imagenet() -> Run:
+    """Classification of ImageNet-1k by the vision half of a base model: GPUs.
+
+    Command: ``multiway train beit3.base_imagenet --data.root DIR --init DIR/final --out runs/base_imagenet``. Not yet
+    run by us.
+    """
+    return _imagenet("base_imagenet", PRESETS["beit3_base_patch16_224"], 7e-4, 0.65, 0.15)
+
+
+def large_imagenet() -> Run:
+    """Classification of ImageNet-1k by the vision half of a large model: GPUs.
+
+    Command: ``multiway train beit3.large_imagenet --data.root DIR --init DIR/final --out runs/large_imagenet``. Not yet
+    run by us.
+    """
+    return _imagenet("large_imagenet", PRESETS["beit3_large_patch16_224"], 2e-4, 0.8, 0.25)
+
+
 # ------------------------------------------------------------------------------------------------- from run to job
 
 
@@ -320,12 +401,16 @@ def assemble(
     run: Run, words: Words, codebook: PatchCodebook | None = None
 ) -> tuple[Objective, Callable[[Samples], Batch]]:
     """The objective of a run, not initialised, and what makes its batches. ``codebook``: None = one of zeros."""
+    if isinstance(run.objective, pictures.Classify):
+        return pictures.classify(run, BEiT3(pictures.with_classes(run.model)))
     model, grid = BEiT3(run.model), run.model.grid
     branches = 2 * run.model.depth if run.model.drop_path else 0
     settings = run.objective
     if isinstance(settings, Contrast):
         collate = DualCollate(words=words, grid=grid, branches=branches, keep=settings.keep)
         return retrieval.ImageTextContrast(model), collate
+    if isinstance(settings, Caption):
+        return captioning.assemble(run, model, words, branches)
     kind = MaskedAndContrast if settings.contrast else MaskedDataModeling
     book = codebook or PatchCodebook(run.model.codes, run.model.patch)
     return kind(model, book, settings.weights), MaskedCollate(
@@ -336,6 +421,8 @@ def assemble(
 
 def build(run: Run, out: Path) -> Job:
     """Everything the loop needs; what has to be made once (index, codebook, stored views) is kept below ``out``."""
+    if isinstance(run.objective, pictures.Classify):
+        return pictures.build(run, out, assemble)
     data = run.data
     if run.init and not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))
@@ -393,6 +480,7 @@ def build(run: Run, out: Path) -> Job:
     def evaluate(model: nn.Module) -> dict[str, Any]:
         ready = Pretrained(model, tokenizer, preprocessor)
         figures: dict[str, Any] = {}
+        search = captioning.search(run.objective) if isinstance(run.objective, Caption) else None
         if run.data.root is None:
             if run.model.contrast:
                 figures["retrieval"] = evaluation.retrieval_of_scenes(ready, run.seed)
@@ -400,9 +488,15 @@ def build(run: Run, out: Path) -> Job:
             if codebook is not None:
                 hiding = dataclasses.replace(collate, branches=0, contrast=False)
                 figures["masked"] = evaluation.filling_of_scenes(ready, codebook, hiding, run.seed)
-        elif run.model.contrast and "val" in splits(run.data.root):
+            if search is not None:
+                figures["captioning"] = evaluation.captioning_of_scenes(ready, run.seed, **search)
+        elif (run.model.contrast or search is not None) and "val" in splits(run.data.root):
             val = open_corpus(dataclasses.replace(run.data, more={}, tokenizer=None), out / "index", split="val")
-            figures["retrieval"] = evaluation.retrieval_of(ready, val.sources["pair"], evaluation.HELD_OUT)
+            if run.model.contrast:
+                figures["retrieval"] = evaluation.retrieval_of(ready, val.sources["pair"], evaluation.HELD_OUT)
+            if search is not None:
+                pairs = val.sources["pair"]
+                figures["captioning"] = evaluation.captioning_of(ready, pairs, evaluation.HELD_OUT, **search)
         return figures
 
     return Job(objective=objective, batches=batches, data_hash=data_hash, export=export, evaluate=evaluate)
@@ -437,20 +531,3 @@ def view_settings(run: Run) -> dict[str, View]:
         return View(px=px, scale=scale, flip=flip, jitter=data.jitter)
 
     return {"image": view(data.image_scale), "pair": view(data.pair_scale)}
-
-
-def make_codebook(run: Run, corpus: Corpus, view: View, out: Path) -> PatchCodebook:
-    """The image tokenizer: a patch codebook, fitted once and kept in ``out/codebook.safetensors``."""
-    book = PatchCodebook(run.model.codes, run.model.patch)
-    path = out / "codebook.safetensors"
-    if path.is_file():
-        book.load_state_dict(load_file(path))
-        return book
-    CONSOLE.print(f"fitting {run.model.codes} visual tokens on patches")
-    plain = dataclasses.replace(view, jitter=0.0)
-    centroids = fit_patch_codebook(corpus.sources["image"], run.model.codes, run.model.patch, plain, run.seed)
-    book.load_centroids(centroids)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(dict(book.state_dict()), path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-    return book

@@ -1,7 +1,7 @@
 """Recipes of MAE: masked autoencoding, and the fine-tuning of its encoder to classes (vision.md 4.2, 4.3).
 
-``multiway train mae.NAME --data.root DIR --out RUN`` trains one; fine-tuning takes ``--init`` with what pre-training
-left in ``RUN/final``.
+``multiway train mae.NAME --data.root DIR --out RUN`` trains one; fine-tuning (``_tune``) takes ``--init`` with what
+pre-training left in ``RUN/final``.
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ from pathlib import Path
 from multiway.data.collate import Samples, Words
 from multiway.engine.train import Job
 from multiway.recipes import pictures
-from multiway.recipes.pictures import LIGHT, Classify, Hiding
-from multiway.run import Checkpoint, Data, Optim, Parallel, Run, Schedule
+from multiway.recipes.pictures import Classify, Hiding
+from multiway.run import Run
 from multiway.systems import mae, vit
 from multiway.types import Batch, Objective
-
-IMAGENET = 1_281_167
-"""Training pictures of ImageNet-1k, which epochs of the published recipes count."""
-
-
-# ---------------------------------------------------------------------------------------------------- pre-training
 
 
 def quick() -> Run:
@@ -31,33 +25,19 @@ def quick() -> Run:
     Command: ``multiway train mae.quick --out runs/mae``, or with ``--data.root DIR``. Sizes and rates are ours. Not yet
     run by us.
     """
-    return Run(
-        recipe="mae.quick",
-        model=dataclasses.replace(mae.PRESETS["mae_vit_micro_patch4_32"], patch=8, image_px=64),
-        objective=Hiding(),
-        data=Data(images=128, image_scale=0.5, flip=False, jitter=0.0),
-        optim=Optim(lr=1e-3, matrices="muon", betas=(0.9, 0.95)),
-        schedule=Schedule(steps=800, warmup=80),
-        parallel=Parallel(precision="fp32"),
-        checkpoint=Checkpoint(every=200),
-    )
+    return pictures.quick("mae.quick", mae.PRESETS["mae_vit_micro_patch4_32"], Hiding())
 
 
 def base() -> Run:
     """Masked autoencoding of ViT-B/16 on ImageNet-1k, 800 epochs: GPUs.
 
     Command: ``multiway train mae.base --data.root DIR --out runs/mae_base``. Not yet run by us.
-    Source: vision.md 4.2: rate 1.5e-4 per 256, 40 epochs of warm-up, to 0; no clipping.
+    Source: vision.md 4.2: rate 1.5e-4 per 256, no clipping.
     """
-    batch, epoch = 4096, IMAGENET // 4096
-    return Run(
-        recipe="mae.base",
-        model=mae.PRESETS["mae_vit_base_patch16_224"],
-        objective=Hiding(),
-        data=Data(images=batch, image_scale=0.2, jitter=0.0, workers=8),
-        optim=Optim(lr=1.5e-4 * batch / 256, betas=(0.9, 0.95), eps=1e-8, clip=0.0),
-        schedule=Schedule(steps=800 * epoch, warmup=40 * epoch, final_lr=0.0),
-    )
+    return pictures.imagenet(
+        "mae.base", mae.PRESETS["mae_vit_base_patch16_224"], Hiding(), batch=4096, epochs=800, warmup=40, scale=0.2,
+        lr=1.5e-4 * 16, final_lr=0.0, betas=(0.9, 0.95), clip=0.0,
+    )  # fmt: skip
 
 
 def large() -> Run:
@@ -76,41 +56,24 @@ def huge() -> Run:
     return dataclasses.replace(base(), recipe="mae.huge", model=mae.PRESETS["mae_vit_huge_patch14_224"])
 
 
-# ----------------------------------------------------------------------------------------------------- fine-tuning
-
-
 def quick_tune() -> Run:
     """Fine-tuning of a quick encoder to the digit in embedded scenes, or your classes: two CPU cores, minutes.
 
     Command: ``multiway train mae.quick_tune --init runs/mae/final --out runs/mae_tune``. Not yet run by us.
     """
-    shape = {"dim": 192, "depth": 6, "heads": 3, "hidden": 768, "patch": 8, "image_px": 64}
-    pretrained = mae.PRESETS["mae_vit_micro_patch4_32"]
-    return Run(
-        recipe="mae.quick_tune",
-        model=vit.Config(
-            **shape, pool="mean", mean=pretrained.mean, std=pretrained.std, share=1.0, head_std=2e-5
-        ),
-        objective=LIGHT,
-        data=Data(images=128, image_scale=0.5, flip=False, jitter=0.0),
-        optim=Optim(lr=5e-4, matrices="muon", layer_decay=0.75),
-        schedule=Schedule(steps=400, warmup=40),
-        parallel=Parallel(precision="fp32"),
-        checkpoint=Checkpoint(every=200),
-    )  # fmt: skip
+    colours = mae.PRESETS["mae_vit_micro_patch4_32"]
+    model = dataclasses.replace(
+        vit.PRESETS["vit_micro_patch4_32"], pool="mean", mean=colours.mean, std=colours.std, head_std=2e-5
+    )
+    return pictures.quick_tune("mae.quick_tune", model)
 
 
 def _tune(name: str, preset: str, epochs: int, lr: float, decay: float, drop_path: float) -> Run:
-    """Fine-tuning on ImageNet-1k (vision.md 4.3): batch 1024, rates per 256, 5 epochs of warm-up."""
-    epoch = IMAGENET // 1024
-    return Run(
-        recipe=f"mae.{name}",
-        model=dataclasses.replace(vit.PRESETS[preset], drop_path=drop_path),
-        objective=Classify(),
-        data=Data(images=1024, image_scale=0.08, jitter=0.0, workers=8),
-        optim=Optim(lr=4 * lr, betas=(0.9, 0.999), eps=1e-8, layer_decay=decay, clip=0.0),
-        schedule=Schedule(steps=epochs * epoch, warmup=5 * epoch, final_lr=1e-6),
-    )
+    """Fine-tuning on ImageNet-1k (vision.md 4.3); rates per 256."""
+    return pictures.imagenet(
+        f"mae.{name}", dataclasses.replace(vit.PRESETS[preset], drop_path=drop_path), Classify(), batch=1024,
+        epochs=epochs, warmup=5, scale=0.08, lr=4 * lr, final_lr=1e-6, layer_decay=decay, clip=0.0,
+    )  # fmt: skip
 
 
 def base_tune() -> Run:
@@ -138,9 +101,6 @@ def huge_tune() -> Run:
     us.
     """
     return _tune("huge_tune", "vit_huge_patch14_224_mean", 50, 1e-3, 0.75, 0.3)
-
-
-# ------------------------------------------------------------------------------------------------- from run to job
 
 
 def assemble(run: Run, words: Words) -> tuple[Objective, Callable[[Samples], Batch]]:

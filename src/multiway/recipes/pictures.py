@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multiway import pretrained
@@ -25,15 +27,26 @@ from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
 from multiway.data.order import generator
 from multiway.data.pictures import LabelCollate, PictureCollate
-from multiway.data.prepare import Corpus, Load, digit_corpus, open_corpus, require_labels, splits, stored_views
+from multiway.data.prepare import (
+    Corpus,
+    Load,
+    digit_corpus,
+    fit_patch_codebook,
+    open_corpus,
+    require_labels,
+    splits,
+    stored_views,
+)
 from multiway.data.views import StoredViews
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
 from multiway.errors import ConfigError, DataError
-from multiway.nn.quantize import ImageTokenizer
+from multiway.nn.frozen import Frozen
+from multiway.nn.quantize import ImageTokenizer, PatchCodebook
 from multiway.pretrained import Preprocessor
-from multiway.run import Run
+from multiway.run import Checkpoint, Data, Optim, Parallel, Run, Schedule
 from multiway.tasks import image_classification
+from multiway.tasks.needs import check
 from multiway.types import Batch, Objective, move
 
 Assemble = Callable[[Run, Words], tuple[Objective, Callable[[Samples], Batch]]]
@@ -78,6 +91,21 @@ class Hiding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Codes(Hiding):
+    """Hiding, for objectives that predict visual tokens. ``tokenizer``: folder of a VQ-KD, None = mean patches, fitted
+    by k-means before training."""
+
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil:
+    """Learning what a teacher sees. ``teacher``: folder or hub id of any model of pictures."""
+
+    teacher: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Classify:
     """Fine-tuning to classes. ``smoothing``: share of the probability spread over all classes; ``mixup``, ``cutmix``:
     parameters of their Beta distributions, 0 = off; ``erase``: probability of random erasing; ``augment``: whether
@@ -104,6 +132,49 @@ def classify(run: Run, model: Any) -> tuple[Objective, LabelCollate]:
 def branches(model: Any) -> int:
     """Residual branches that stochastic depth may drop: two per block, none at rate 0."""
     return 2 * model.layers if model.config.drop_path else 0
+
+
+def teacher_of(run: Run) -> nn.Module:
+    """The teacher a run names, reading pictures of the run's size; raises ConfigError when it names none."""
+    if not run.objective.teacher:
+        raise ConfigError("this recipe learns from a teacher: set objective.teacher to a model's folder or hub id")
+    teacher: Any = pretrained.load(run.objective.teacher).model
+    check(teacher, image_classification.NEEDS, "a teacher of pictures")
+    teacher.set_image_size(run.model.image_px)
+    return teacher
+
+
+def tokenizer_of(run: Run, corpus: Corpus, view: View, out: Path) -> tuple[ImageTokenizer, str]:
+    """The image tokenizer a run names, and what identifies it; mean patches are fitted once and kept in ``out``."""
+    if run.objective.tokenizer is None:
+        book = make_codebook(run, corpus, view, out)
+        return book, hashlib.sha256(book.centroids.numpy().tobytes()).hexdigest()
+    found = pretrained.load(run.objective.tokenizer)
+    model: Any = found.model
+    if not callable(getattr(model, "decode", None)) or getattr(model, "codes", 0) != run.model.codes:
+        raise ConfigError(
+            f"{run.objective.tokenizer} is no image tokenizer of {run.model.codes} codes (model.codes): give the "
+            "folder of a VQ-KD, and set model.codes to the size of its codebook"
+        )
+    model.set_image_size(run.model.image_px)
+    return Frozen(model), found.fingerprint  # type: ignore[return-value]
+
+
+def make_codebook(run: Run, corpus: Corpus, view: View, out: Path) -> PatchCodebook:
+    """The image tokenizer of mean patches, fitted once and kept in ``out/codebook.safetensors``."""
+    book = PatchCodebook(run.model.codes, run.model.patch)
+    path = out / "codebook.safetensors"
+    if path.is_file():
+        book.load_state_dict(load_file(path))
+        return book
+    CONSOLE.print(f"fitting {run.model.codes} visual tokens on patches")
+    plain = dataclasses.replace(view, jitter=0.0)
+    centroids = fit_patch_codebook(corpus.sources["image"], run.model.codes, run.model.patch, plain, run.seed)
+    book.load_centroids(centroids)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(dict(book.state_dict()), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+    return book
 
 
 def with_classes(shape: Any) -> Any:
@@ -303,3 +374,64 @@ def hiding_collate(run: Run, model: Any, *, keep: bool = False) -> PictureCollat
     grid = grid_of(run.model)
     rates = branches(model) if hasattr(model.config, "drop_path") else 0
     return PictureCollate(hide=run.objective.of(grid, run.model.patch), keep=keep, branches=rates)
+
+
+def plain_collate(branches: int = 0) -> PictureCollate:
+    """Batches of pictures with nothing hidden."""
+    return PictureCollate(branches=branches)
+
+
+def no_tokenizer(run: Run) -> ImageTokenizer:
+    """An image tokenizer of nothing, for a rehearsal, and until `build` has the right one."""
+    return PatchCodebook(run.model.codes, run.model.patch)
+
+
+# ------------------------------------------------------------------------------------------------ runs on two CPU cores
+
+IMAGENET = 1_281_167
+"""Training pictures of ImageNet-1k, which epochs of the published recipes count."""
+
+QUICK = {"patch": 8, "image_px": 64}
+"""What the micro models of the presets are changed to for embedded scenes."""
+
+
+def quick(recipe: str, model: Any, objective: Any, **changes: Any) -> Run:
+    """Pre-training of a micro model in minutes; sizes and rates are ours."""
+    run = Run(
+        recipe=recipe,
+        model=dataclasses.replace(model, **QUICK),
+        objective=objective,
+        data=Data(images=128, image_scale=0.5, flip=False, jitter=0.0),
+        optim=Optim(lr=1e-3, matrices="muon"),
+        schedule=Schedule(steps=800, warmup=80),
+        parallel=Parallel(precision="fp32"),
+        checkpoint=Checkpoint(every=200),
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def quick_tune(recipe: str, model: Any) -> Run:
+    """Fine-tuning of a micro model in minutes; sizes and rates are ours."""
+    return quick(
+        recipe, model, LIGHT, optim=Optim(lr=5e-4, matrices="muon", layer_decay=0.75),
+        schedule=Schedule(steps=400, warmup=40),
+    )  # fmt: skip
+
+
+def imagenet(
+    recipe: str, model: Any, objective: Any, *, batch: int, epochs: float, warmup: float, scale: float, lr: float,
+    final_lr: float, first_lr: float = 0.0, shape: Any = "cosine", interpolation: Any = "bicubic", jitter: float = 0.0,
+    pictures: int = IMAGENET, **optim: Any,
+) -> Run:  # fmt: skip
+    """A published run on ImageNet: epochs become steps; ``scale``: least share of a picture that a crop keeps."""
+    epoch = pictures / batch
+    return Run(
+        recipe=recipe,
+        model=model,
+        objective=objective,
+        data=Data(images=batch, image_scale=scale, jitter=jitter, interpolation=interpolation, workers=8),
+        optim=Optim(**{"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05, **optim}),
+        schedule=Schedule(
+            steps=round(epochs * epoch), warmup=round(warmup * epoch), first_lr=first_lr, final_lr=final_lr, shape=shape
+        ),
+    )

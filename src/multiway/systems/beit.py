@@ -4,9 +4,9 @@ Patches are hidden in blocks, and their visual tokens, given by a frozen image t
 share one relative position bias while pre-training; fine-tuning gives every layer its own copy and classifies from the
 normed mean of the patches.
 
-Where we differ: visual tokens come from any `ImageTokenizer` (k-means patches, VQ-KD), or are stored with the data; the
-DALL-E tokenizer of the paper is not here. The two first weights and the two colour normalisations that are both called
-official follow from the config.
+Where we differ: visual tokens come from any `ImageTokenizer` (mean patches, VQ-KD; the paper's is
+`multiway.backbones.dvae`), or are stored with the data. The two first weights and the two colour normalisations that
+are both called official follow from the config.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from multiway.backbones.image import ImageModel
-from multiway.backbones.vit import build_vit, check_shape, whole_patches
+from multiway.backbones.vit import build_vit, check_shape
 from multiway.errors import ConfigError
 from multiway.nn.initial import init_cut_normal, rescale_by_depth
 from multiway.nn.linear import Linear
 from multiway.nn.pixels import HALF, IMAGENET_MEAN, IMAGENET_STD, Colour, Size
-from multiway.nn.position import resize_bias_table, resize_positions
 from multiway.nn.quantize import ImageTokenizer
 from multiway.objectives.masked import masked_cross_entropy
 from multiway.plan import Tokens, dense_tokens
@@ -229,41 +228,6 @@ class MaskedImageModeling(Objective):
         return self.tokenizer(batch["image"])
 
 
-def adapt(state: Mapping[str, Tensor], source: Any, target: Config) -> dict[str, Tensor]:
-    """What a BEiT takes over from a model that was pre-trained: entries of its state dict, all tensors new.
-
-    ``state``, ``source``: weights and config (``image_px``, ``patch``) of a BEiT, BEiT-2, SimMIM or feature
-    distillation whose encoder is a plain ViT of this family; ``target``: config of the BEiT, whose further entries (a
-    classifier, the norm of the mean) stay as they were initialised. A bias that all layers shared is copied to each;
-    biases and positions are resized to the target's pictures. Heads, the hide token and their like are left behind.
-
-    Raises ConfigError naming entries that the target's encoder needs and that are missing or have another shape.
-    """
-    with torch.device("meta"):
-        wanted = BEiT(target).state_dict()
-    old, new = (whole_patches(config.image_px, config.patch) for config in (source, target))
-    result: dict[str, Tensor] = {}
-    faults = []
-    for name, like in wanted.items():
-        if not name.startswith(("encoder.", "norm.")) or name == "encoder.hide_token":
-            continue
-        shared = "encoder.bias.table" if name.endswith(".attention.bias.table") else name
-        tensor = state.get(name, state.get(shared))
-        if tensor is not None and name.endswith("bias.table"):
-            tensor = resize_bias_table(tensor, old, new, 3, "geometric")
-        elif tensor is not None and name == "encoder.positions":
-            tensor = resize_positions(tensor, old, new, 1)
-        if tensor is None or tensor.shape != like.shape:
-            faults.append(f"{name} {tuple(like.shape)}")
-        else:
-            result[name] = tensor.clone()
-    if faults:
-        raise ConfigError(
-            f"the pre-trained weights do not fit: they lack {', '.join(faults[:5])}, {len(faults)} in all"
-        )
-    return result
-
-
 _OFFICIAL = WeightMap(
     rules=(
         *under("encoder.", "", TIMM_STEM),
@@ -291,6 +255,7 @@ _TRANSFORMERS = WeightMap(
     ),
     ones={"encoder.positions": -1},
     dropped=("beit.encoder.{place*}.relative_position_index",),
+    prefix="beit.",
 )
 
 LAYOUTS: Mapping[str, WeightMap] = {"official": _OFFICIAL, "timm": _OFFICIAL, "transformers": _TRANSFORMERS}

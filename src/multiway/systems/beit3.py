@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from multiway.backbones.multiway import MultiwayTransformer
 from multiway.errors import ConfigError
-from multiway.nn.attention import Attention
+from multiway.nn.attention import Attention, Cache
 from multiway.nn.block import Block
 from multiway.nn.ffn import FeedForward, NormLinear
 from multiway.nn.linear import Linear
@@ -64,9 +64,10 @@ class Config:
 
     ``hidden``: width inside the FFNs; ``text_positions``: rows of the text position table (longest text + 2);
     ``attention``: per modality (``decoupled``) or for all (``shared``); ``joint_layers``: how many top layers have a
-    vision-language expert (shared only); ``codes``: visual vocabulary of the masked image head; ``masked``: carry both
-    masked heads; ``contrast``: carry the retrieval heads; ``classes``: of a classifier of pictures, which has a norm
-    of its own instead of the final one, 0 = none; ``mean``, ``std``: of the pixels. ``init_std``: deviation of the
+    vision-language expert (shared only); ``masked``: carry the masked heads; ``codes``: visual vocabulary of the one of
+    pictures, 0 = that of words alone; ``contrast``: carry the retrieval heads; ``classes``: of a classifier of
+    pictures, which has a norm of its own instead of the final one, 0 = none; ``mean``, ``std``: of the pixels;
+    ``share``: of the shorter side that evaluation looks at, None = the whole picture. ``init_std``: deviation of the
     initial weights, cut at one deviation; .02 as BEiT, more for narrow models, whose signals it keeps from vanishing.
     """
 
@@ -87,6 +88,7 @@ class Config:
     classes: int = 0
     mean: Colour = HALF
     std: Colour = HALF
+    share: float | None = None
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
@@ -201,7 +203,8 @@ class BEiT3(nn.Module):
         self.encoder = build_encoder(config)
         if config.masked:
             self.mlm_head = Linear(config.dim, config.vocab)
-            self.mim_head = Linear(config.dim, config.codes)
+            if config.codes:
+                self.mim_head = Linear(config.dim, config.codes)
         if config.contrast:
             self.vision_head = Linear(config.dim, config.dim, bias=False)
             self.language_head = Linear(config.dim, config.dim, bias=False)
@@ -282,6 +285,13 @@ class BEiT3(nn.Module):
         head = self.vision_head if modality == "image" else self.language_head
         return F.normalize(head(tokens.prefix(modality)).float(), dim=-1)
 
+    def embed_pairs(
+        self, plan: Plan, *, image: Tensor, text: Tensor, keep: Tensor | None = None, draws: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unit vectors (B, D) of pictures and of their texts, which the plan has apart; the rest as `forward`."""
+        tokens = self(plan, image=image, text=text, keep=keep, draws=draws)
+        return self.embed(tokens, "image"), self.embed(tokens, "text")
+
     def image_logits(self, tokens: Tokens, hidden: Tensor) -> Tensor:
         """Scores of all visual tokens at hidden patches: flat indices int64 (M,) into (B, P) -> (M, codes)."""
         first, patches = tokens.plan.extent("image")[0], self.vision.grid[0] * self.vision.grid[1]
@@ -290,6 +300,38 @@ class BEiT3(nn.Module):
     def text_logits(self, tokens: Tokens, hidden: Tensor) -> Tensor:
         """Scores of all words at hidden places: indices int64 (K,) into the packed text -> (K, vocab)."""
         return self.mlm_head(tokens.rows(hidden + tokens.plan.extent("text")[0]))
+
+    def begin(self, image: Tensor, places: int) -> Cache:
+        """Read pictures uint8 (B, 3, H, W), of which `advance` writes texts: ``places`` words in all beams at most."""
+        if not self.config.masked:
+            raise ConfigError("this BEiT-3 has no head of words: tune it with a _captioning recipe first")
+        x = self.vision(image, None)
+        length = len(x) // len(image)
+        cache = Cache(length + places)
+        self.encoder.extend(x, make_plan({"pair": {"image": [length] * len(image)}}).to(x.device), cache)
+        cache.filled = length
+        return cache
+
+    def advance(self, cache: Cache, words: Tensor, parents: Tensor | None, mask_id: int) -> Tensor:
+        """Scores of the next word of K beams for every picture of the cache: (B, K, vocab).
+
+        ``words``: int64 (B, K), the last word of each, ``<s>`` at first; ``parents``: int64 (B, K), the beam that each
+        continues, None = itself. Read are the words and a ``<mask>`` behind each, which no later token sees.
+        """
+        count, beams = words.shape
+        start = self.vision.grid[0] * self.vision.grid[1] + 1
+        if parents is not None:
+            cache.reorder(start, parents)
+        row = torch.arange(2 * beams, device=words.device)[:, None]  # all words, then all masks
+        column = torch.arange(cache.filled + 2 * beams, device=words.device) - start
+        position = (cache.filled - start + row[:, 0]) // beams
+        own = (column % beams == row % beams) & (column // beams <= position[:, None])
+        ids = torch.cat([words, torch.full_like(words, mask_id)], dim=1)
+        x = self.language(ids.flatten(), position.repeat(count))
+        plan = make_plan({"pair": {"text": [2 * beams] * count}}).to(words.device)
+        x = self.encoder.extend(x, plan, cache, (column < 0) | own)
+        cache.filled += beams
+        return self.mlm_head(x.view(count, 2, beams, -1)[:, 1])
 
     def temperature(self) -> Tensor:
         """Factor on cosines, learned, at most 100: (1,)."""
@@ -451,7 +493,7 @@ _OURS, _THEIRS = "encoder.blocks.{layer}.", "beit3.encoder.layers.{layer}."
 LAYOUTS: Mapping[str, WeightMap] = {
     "official": WeightMap(
         words={"expert": {"image": "A", "text": "B"}},
-        numbers=("logit_scale",),
+        squeezed=("logit_scale",),
         rules=(
             ("vision.proj.{part}", "beit3.vision_embed.proj.{part}"),
             ("vision.{token}_token", "beit3.vision_embed.{token}_token"),

@@ -41,9 +41,9 @@ class Config:
     """Shape of a student.
 
     ``dim``, ``heads``: of the encoder's first stage, doubled from stage to stage; ``depths``: blocks of each, a ViT has
-    one stage; ``window``, ``trained_window``: of Swins, as theirs; ``layer_scale``: of a ViT, 0 = none; ``drop_path``:
-    rate of the last block; ``teacher_dim``: width of the teacher's tokens, 0 = carry no projection to it; ``classes``:
-    of the classifier, 0 = none.
+    one stage; ``window``, ``pretrained_window``: of Swins, as theirs; ``layer_scale``: of a ViT, 0 = none;
+    ``drop_path``: rate of the last block; ``teacher_dim``: width of the teacher's tokens, 0 = carry no projection to
+    it; ``classes``: of the classifier, 0 = none.
     """
 
     encoder: Literal["vit", "swin", "swin_v2"] = "vit"
@@ -52,7 +52,7 @@ class Config:
     heads: int = 12
     patch: int = 16
     window: int = 0
-    trained_window: tuple[int, ...] = ()
+    pretrained_window: tuple[int, ...] = ()
     image_px: int | tuple[int, int] = 224
     drop_path: float = 0.0
     layer_scale: float = 0.1
@@ -97,7 +97,9 @@ class Student(EncoderModel):
     """The encoder with its norm, and the projection to the teacher's width."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config, hide_token=False)
+        super().__init__()
+        self.config = config
+        self.assemble(hide_token=False)
         if config.teacher_dim:
             self.projection = Linear(self.encoder.width, config.teacher_dim)
 
@@ -126,9 +128,8 @@ class FeatureDistillation(Objective):
     """Smooth absolute error between the student's projected tokens and the teacher's whitened ones, class token too.
 
     ``teacher``: any model with ``encode(image=...)`` for uint8 pictures (an `ImageModel`, a BEiT-3) that has as many
-    tokens as the student; it is held by `Frozen`, in evaluation mode, and normalises pictures
-    its own way.
-    Batches carry ``image``. Term: ``image``, the pictures. Source: vision.md 9.1.
+    tokens as the student; it is held by `Frozen`, in evaluation mode, and normalises pictures its own way. Batches
+    carry ``image``, perhaps ``drop_path``. Term: ``image``, the pictures. Source: vision.md 9.1.
     """
 
     def __init__(self, model: Student, teacher: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from multiway.backbones.image import ImageModel
 from multiway.backbones.vit import build_block, build_vit, check_shape, whole_patches
+from multiway.errors import ConfigError
 from multiway.nn.linear import Linear
 from multiway.nn.patch import patchify
 from multiway.nn.pixels import IMAGENET_MEAN, IMAGENET_STD, Colour, Size
@@ -58,6 +59,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_shape("MAE", self)
+        if self.dim % 4 or self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
+            raise ConfigError(
+                f"MAE needs widths that are multiples of 4 and decoder_dim divisible by decoder_heads, got dim "
+                f"{self.dim}, decoder_dim {self.decoder_dim}, decoder_heads {self.decoder_heads}"
+            )
 
 
 # vision.md 4.1: 111.9, 329.5 and 657.1 million parameters with the decoder. Micro is ours, for studies on CPUs.
@@ -186,6 +192,8 @@ class MaskedAutoencoding(Objective):
 
     def __init__(self, model: MAE) -> None:
         super().__init__()
+        if not model.config.decoder_depth:
+            raise ConfigError("masked autoencoding needs a decoder: set model.decoder_depth, 8 in the paper")
         self.model = model
 
     def init_weights(self) -> None:
@@ -235,6 +243,7 @@ LAYOUTS: Mapping[str, WeightMap] = {
             ("decoder.pixels.{part}", "decoder.decoder_pred.{part}"),
         ),
         ones=_ONES,
+        prefix="vit.",
     ),
 }
 """Layouts of published files."""

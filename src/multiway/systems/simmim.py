@@ -37,7 +37,7 @@ class Config:
     """Shape of a SimMIM.
 
     ``dim``, ``heads``: of the encoder's first stage, doubled from stage to stage; ``depths``: blocks of each, a ViT has
-    one stage; ``patch``: pixels of what is hidden or not; ``window``, ``trained_window``: of Swins, as theirs;
+    one stage; ``patch``: pixels of what is hidden or not; ``window``, ``pretrained_window``: of Swins, as theirs;
     ``layer_scale``: of a ViT, 0 = none; ``drop_path``: rate of the last block; ``target_window``: side in pixels of the
     window around each pixel by whose mean and deviation it is normalised to be predicted, 0 = it is not;
     ``masked``: carry the token and the linear map that pre-training needs; ``classes``: of the classifier, 0 = none.
@@ -49,7 +49,7 @@ class Config:
     heads: int = 12
     patch: int = 16
     window: int = 0
-    trained_window: tuple[int, ...] = ()
+    pretrained_window: tuple[int, ...] = ()
     image_px: int | tuple[int, int] = 224
     drop_path: float = 0.0
     layer_scale: float = 0.1
@@ -107,7 +107,9 @@ class SimMIM(EncoderModel):
     """The encoder with its norm, and the linear map that pre-training needs."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config, hide_token=config.masked)
+        super().__init__()
+        self.config = config
+        self.assemble(hide_token=config.masked)
         if config.masked:
             self.decoder = Linear(self.encoder.width, 3 * config.stride**2)
 

@@ -117,6 +117,7 @@ LAYOUTS: Mapping[str, WeightMap] = {
     "transformers": WeightMap(
         rules=(*under("encoder.", "swin.", TRANSFORMERS), ("head.{part}", "classifier.{part}")),
         dropped=BUFFERS,
+        prefix="swin.",
     ),
 }
 """Layouts of published files."""

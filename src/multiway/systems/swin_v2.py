@@ -34,8 +34,8 @@ class Config:
     """Shape of a Swin V2.
 
     ``dim``, ``heads``: of the first stage, doubled from stage to stage; ``depths``: blocks of each; ``window``: side of
-    the windows, smaller where the map of a stage is; ``pretrained_window``: side of every stage's windows when the biases
-    were trained, empty = as they are; ``image_px``: side, or height and width, that windows are chosen for;
+    the windows, smaller where the map of a stage is; ``pretrained_window``: side of every stage's windows when the
+    biases were trained, empty = as they are; ``image_px``: side, or height and width, that windows are chosen for;
     ``drop_path``: rate of the last block; ``classes``: of the classifier, 0 = none; ``mean``, ``std``: of the pixels;
     ``share``: of the shorter side that evaluation looks at.
     """
@@ -56,7 +56,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.pretrained_window and len(self.pretrained_window) != len(self.depths):
             raise ConfigError(
-                f"pretrained_window needs one side per stage, got {self.pretrained_window} for {len(self.depths)} stages"
+                f"pretrained_window needs a side per stage, got {self.pretrained_window} for {len(self.depths)} stages"
             )
 
     @property
@@ -149,6 +149,7 @@ LAYOUTS: Mapping[str, WeightMap] = {
     "transformers": WeightMap(
         rules=(*under("encoder.", "swinv2.", TRANSFORMERS), ("head.{part}", "classifier.{part}")),
         dropped=BUFFERS,
+        prefix="swinv2.",
     ),
 }
 """Layouts of published files; ``official_rpe`` is that of SimMIM's and feature distillation's, fine-tuned."""

@@ -145,6 +145,7 @@ LAYOUTS: Mapping[str, WeightMap] = {
             ("head.{part}", "head.{part}"),
         ),
         ones={"encoder.positions": -1},
+        config={"pool": "cls"},
     ),
     "mae": WeightMap(  # fine-tuned: the norm of the mean has its own name
         rules=(
@@ -154,6 +155,7 @@ LAYOUTS: Mapping[str, WeightMap] = {
             ("head.{part}", "head.{part}"),
         ),
         ones={"encoder.positions": -1},
+        config={"pool": "mean"},
     ),
     "transformers": WeightMap(
         rules=(
@@ -163,6 +165,9 @@ LAYOUTS: Mapping[str, WeightMap] = {
             ("head.{part}", "classifier.{part}"),
         ),
         ones={"encoder.positions": -1},
+        dropped=("vit.pooler.{part*}",),
+        prefix="vit.",
+        config={"pool": "cls"},
     ),
 }
 """Layouts of published files; Google's npz is read as timm's (`multiway.weights.google`)."""

@@ -57,6 +57,7 @@ class ImageClassification(Objective):
         return StepOutput(loss / counts["label"], {"label": loss.detach(), "label/accuracy": hits.detach().float()})
 
 
+@torch.inference_mode()
 def evaluate(model: Any, batches: Iterable[tuple[Tensor, Tensor | np.ndarray]]) -> dict[str, float]:
     """Accuracy of a classifier: ``{"top1", "top5", "loss", "pictures", "chance"}``, shares in [0, 1].
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from multiway.errors import ConfigError
 from multiway.metrics.accuracy import top1
 
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Weights of the squared norm that are tried; the best on held-out training pictures is taken."""
 
 HELD_OUT = 0.2

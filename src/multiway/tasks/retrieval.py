@@ -6,27 +6,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from multiway.errors import ConfigError
 from multiway.metrics.recall import chance, recall
-from multiway.objectives.contrastive import symmetric_cross_entropy
+from multiway.objectives.contrastive import Negatives, pairwise_sigmoid, symmetric_cross_entropy
 from multiway.types import Across, Batch, Objective, StepOutput
 
 
 class ImageTextContrast(Objective):
-    """Contrast pictures and texts, each encoded alone (BEiT-3's ``_itc`` tuning, and its fine-tuning for retrieval).
+    """Contrast pictures and texts, each encoded alone (CLIP; BEiT-3's ``_itc`` tuning, and that for retrieval).
 
-    The model needs ``forward(plan, image=, text=, keep=, draws=) -> Tokens``, ``embed(tokens, modality) -> unit
-    vectors`` and ``temperature() -> factor on cosines``; batches are `DualCollate`'s. Term: ``contrast``.
+    The model needs ``embed_pairs(plan, image=, text=, keep=, draws=) -> unit vectors (B, D) of both`` and
+    ``temperature() -> factor on cosines``; ``limit_temperature()``, where it has one, is called after every step.
+    Batches are `DualCollate`'s. Term: ``contrast``.
+
+    Several micro-batches make one large batch whose activations are held one micro-batch at a time: each is encoded
+    twice, the second time in the backward, when the gradient of its vectors is known (gradient caching, Gao et al.
+    2021, arXiv 2101.06983). The loss and its gradients are those of the whole. Not for models with batch norms.
     """
 
     splittable: ClassVar[bool] = False
     needs: ClassVar[frozenset[frozenset[str]]] = frozenset({frozenset({"image"}), frozenset({"text"})})
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, negatives: Negatives = "gathered") -> None:
         super().__init__()
         self.model = model
+        self.negatives: Negatives = negatives
+        self.joins = not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
     def init_weights(self) -> None:
         """Initialise the model."""
@@ -36,16 +45,48 @@ class ImageTextContrast(Objective):
         """Number of pairs."""
         return {"contrast": len(batch["plan"].starts["image"])}
 
-    def forward(self, batch: Batch, counts: Mapping[str, float], across: Across = Across()) -> StepOutput:
-        """Every local pair against all pairs of all ranks, both ways."""
-        tokens = self.model(
+    def forward(
+        self, batch: Batch | Sequence[Batch], counts: Mapping[str, float], across: Across = Across()
+    ) -> StepOutput:
+        """Every local pair against all pairs of all ranks; ``batch``: one, or the micro-batches of a step."""
+        if isinstance(batch, Mapping):
+            image, text = self.embed(batch)
+        else:
+            parts = [checkpoint(self.embed, part, use_reentrant=False, preserve_rng_state=False) for part in batch]
+            image, text = (torch.cat(own) for own in zip(*parts, strict=True))
+        losses, hits = self.compare(image, text, across)
+        sums = {"contrast": losses.sum().detach(), "contrast/accuracy": hits.sum()}
+        return StepOutput(losses.sum() / counts["contrast"], sums)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit vectors (B, D) of the pictures and of the texts of a batch."""
+        return self.model.embed_pairs(
             batch["plan"], image=batch["image"], text=batch["text"], keep=batch.get("image_keep"),
             draws=batch.get("drop_path"),
         )  # fmt: skip
-        image, text = self.model.embed(tokens, "image"), self.model.embed(tokens, "text")
-        losses, hits = symmetric_cross_entropy(image, text, self.model.temperature(), across.gather, across.rank)
-        sums = {"contrast": losses.sum().detach(), "contrast/accuracy": hits.sum()}
-        return StepOutput(losses.sum() / counts["contrast"], sums)
+
+    def compare(self, image: Tensor, text: Tensor, across: Across) -> tuple[Tensor, Tensor]:
+        """Losses and hits (B,) of local pairs, both ways."""
+        scale = self.model.temperature()
+        return symmetric_cross_entropy(image, text, scale, across.gather, across.rank, self.negatives)
+
+    def after_step(self, step: int) -> None:
+        """Keep the temperature within its limits."""
+        limit = getattr(self.model, "limit_temperature", None)
+        if limit is not None:
+            limit()
+
+
+class ImageTextSigmoid(ImageTextContrast):
+    """The same batches, every pair of a picture and a text judged on its own (SigLIP); negatives are always gathered.
+
+    The model needs ``bias() -> what is added to its scores``, too.
+    """
+
+    def compare(self, image: Tensor, text: Tensor, across: Across) -> tuple[Tensor, Tensor]:
+        """Losses and hits (B,) of local pictures among the texts of all ranks."""
+        scale, bias = self.model.temperature(), self.model.bias()
+        return pairwise_sigmoid(image, text, scale, bias, across.gather, across.rank)
 
 
 def evaluate(

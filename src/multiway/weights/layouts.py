@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 Rules = tuple[tuple[str, ...], ...]
@@ -61,3 +62,30 @@ TRANSFORMERS_STEM: Rules = (
     ("embed.{part}", "embeddings.patch_embeddings.projection.{part}"),
 )
 """The same in transformers' files."""
+
+OPENAI_BLOCK: Rules = (
+    ("attention.qkv.norm.{part}", "ln_1.{part}"),
+    ("attention.qkv.linear.{part}", "attn.in_proj_{part}"),
+    ("attention.out.{part}", "attn.out_proj.{part}"),
+    ("ffn.norm.{part}", "ln_2.{part}"),
+    ("ffn.fc1.{part}", "mlp.c_fc.{part}"),
+    ("ffn.fc2.{part}", "mlp.c_proj.{part}"),
+)
+"""A block of OpenAI's CLIP and of open_clip, either tower."""
+
+CLIP_BLOCK: Rules = (
+    ("attention.qkv.norm.{part}", "layer_norm1.{part}"),
+    ("attention.qkv.linear.{part}", *(f"self_attn.{name}_proj." + "{part}" for name in "qkv")),
+    ("attention.out.{part}", "self_attn.out_proj.{part}"),
+    ("ffn.norm.{part}", "layer_norm2.{part}"),
+    ("ffn.{name}.{part}", "mlp.{name}.{part}"),
+)
+"""A block of transformers' CLIP and SigLIP, either tower."""
+
+
+def packed(rules: Rules) -> Rules:
+    """The rules of a block for one over packed rows, whose parts are `Multiway` with one expert."""
+    return tuple((PACKED.sub(r"\1.experts.shared", ours), *theirs) for ours, *theirs in rules)
+
+
+PACKED = re.compile(r"^(attention\.qkv|attention\.out|ffn)(?=\.)")

@@ -24,8 +24,9 @@ class WeightMap:
 
     ``rules``: (our key, their key, ...); a ``{field}`` stands for one part between dots, a ``{field*}`` for any number
     of them, and is the same on both sides; several of their keys are equal slices of our tensor along dimension 0, in
-    order. ``words``: for a field whose values differ, our word -> theirs. ``numbers``: our keys that have one row where
-    theirs is a single number (which could not be sharded). ``ones``: our keys, ``{field}`` as above -> how many
+    order. ``words``: for a field whose values differ, our word -> theirs. ``squeezed``: our keys whose dimensions
+    of size 1 theirs have not: a single number, which could not be sharded, or a lone vector. ``transposed``: our keys
+    of matrices that theirs hold transposed. ``ones``: our keys, ``{field}`` as above -> how many
     dimensions of size 1 theirs has behind ours (negative: in front of ours), as those of a 1x1 convolution.
     ``dropped``: their keys, ``{field}`` as above, that carry nothing we need, such as buffers of indices. ``prefix``:
     what stands before their names in some files and not in others, such as "vit."; the rules have it. ``config``:
@@ -34,7 +35,8 @@ class WeightMap:
 
     rules: Sequence[tuple[str, ...]]
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    numbers: Sequence[str] = ()
+    squeezed: Sequence[str] = ()
+    transposed: Sequence[str] = ()
     ones: Mapping[str, int] = field(default_factory=dict)
     dropped: Sequence[str] = ()
     prefix: str = ""
@@ -54,7 +56,9 @@ class WeightMap:
     def shape(self, key: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Their shape of what we hold under ``key`` in this ``shape``, before it is sliced."""
         count = next((count for pattern, count in self._ones if pattern.fullmatch(key)), 0)
-        return () if key in self.numbers else (1,) * -count + tuple(shape) + (1,) * count
+        if key in self.squeezed:
+            return tuple(n for n in shape if n != 1)
+        return (1,) * -count + tuple(reversed(shape) if key in self.transposed else shape) + (1,) * count
 
     def _value(self, match: re.Match[str], place: re.Match[str]) -> str:
         """Their word for what a field stood for."""
@@ -96,7 +100,7 @@ def to_theirs(state: Mapping[str, Tensor], weights: WeightMap) -> dict[str, Tens
         if not names or (len(names) > 1 and (not shape or shape[0] % len(names))):
             unknown.append(f"{key} {_shape(value)}")
             continue
-        value = value.reshape(shape)
+        value = value.T.contiguous() if key in weights.transposed else value.reshape(shape)
         parts = [value] if len(names) == 1 else [part.clone() for part in value.chunk(len(names))]
         assert result.keys().isdisjoint(names), f"two rules lead to one of {names}"
         result.update(zip(names, parts, strict=True))
@@ -136,7 +140,8 @@ def to_ours(state: Mapping[str, Tensor], weights: WeightMap, like: Mapping[str, 
     result = {}
     for key in like:
         parts = [state[name] for name in weights.names(key)]
-        result[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(like[key].shape)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result[key] = (whole.T if key in weights.transposed else whole).reshape(like[key].shape)
     return result
 
 

@@ -1,0 +1,300 @@
+"""Published weights turned into a model folder of ours, with a receipt of everything that was done to them.
+
+What a file is (`multiway.published`) follows from its names and shapes; every name must be explained. Numbers are never
+changed, except that floats become float32 and that positions are resized where another size of pictures is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from multiway import __version__
+from multiway import config as settings
+from multiway.data.records import parse_json
+from multiway.errors import ConfigError, ConversionError, RecordError, WriteError
+from multiway.models import blank, presets
+from multiway.nn.pixels import Size
+from multiway.pretrained import save_pretrained
+from multiway.published import Match, adopt, aligned, located_weights, matches, read
+from multiway.weights.io import write, write_weights
+from multiway.weights.rename import to_theirs
+from multiway.weights.untrusted import Published
+
+RECEIPT = "receipt.json"
+CHUNK = 2**20
+REFERENCE_SECONDS = 600
+MAX_CONFIG = 2**24
+"""Longest config beside weights, in bytes."""
+
+LICENSES: Mapping[str, str] = {
+    "vit": "apache-2.0",
+    "mae": "cc-by-nc-4.0",
+    "vit/mae": "cc-by-nc-4.0",
+    "simmim": "mit",
+    "simmim/torchvision": "bsd-3-clause",
+    "swin": "mit",
+    "swin_v2": "mit",
+    "feature_distillation": "mit",
+    "beit": "mit",
+    "beit2": "mit",
+    "beit3": "mit",
+    "vq_kd": "mit",
+    "clip": "mit",
+    "siglip": "apache-2.0",
+}
+"""What the repositories that published the weights allow, by system, or by system/layout where that differs; of others
+the card says "other".
+"""
+
+Program = Literal["auto", "timm", "transformers", "none"]
+"""The original to compare with; "auto": the one whose layout the weights are in, else another that is installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What was read, what it was taken for, and what was done to it: the content of ``receipt.json``.
+
+    ``files``: name, bytes and SHA-256 of each; ``wrapper``, ``beside``: what was around the weights and what else the
+    files hold; ``config``: settings that differ from the model's of that name; ``license``: of who published them;
+    ``renamed``: our name -> theirs, several where one was fused of them; ``resized``: our name -> shapes before and
+    after; ``dropped``: their name -> why; ``dtypes``: changes and how many weights had them; ``reference``: the program
+    that was given the same weights, or why none was; ``difference``: the largest of its outputs to ours, and
+    ``largest``: the largest output itself, None without one.
+    """
+
+    converter: str
+    source: str
+    files: list[dict[str, Any]]
+    format: str
+    wrapper: str
+    beside: dict[str, str]
+    model: str
+    system: str
+    layout: str
+    config: dict[str, Any]
+    license: str
+    renamed: dict[str, list[str]]
+    resized: dict[str, list[list[int]]]
+    dropped: dict[str, str]
+    dtypes: dict[str, int]
+    reference: str = "not asked for"
+    difference: float | None = None
+    largest: float | None = None
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def show(self) -> None:
+        """Print it, long lists by their number."""
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("", "", show_header=False, title=f"{self.model} from {self.source}")
+        table.columns[1].overflow = "fold"
+        for name, value in dataclasses.asdict(self).items():
+            if name == "files":
+                value = [f"{f['name']} {f['bytes']:,} bytes sha256 {f['sha256']}" for f in value]
+            if name in ("renamed", "dropped", "resized", "missing", "unexpected"):
+                value = f"{len(value)} names"
+            if isinstance(value, dict):
+                value = [f"{key}: {own}" for key, own in value.items()]
+            table.add_row(name, escape("\n".join(map(str, value)) if isinstance(value, list) else str(value)))
+        Console().print(table)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    layout: str | None = None,
+    image_px: Size | None = None,
+    reference: Program = "auto",
+) -> Receipt:
+    """Turn published weights into a model folder, and write and return the receipt.
+
+    ``source``: a file (safetensors, ``.npz``, ``.pth``), a folder with one, or a hub id; ``name``: of `list_models`,
+    None = the one that fits; ``layout``: one of the system's, None = the one that fits; ``image_px``: read pictures of
+    this size from now on, None = of the published one; ``reference``: the program to compare outputs with.
+
+    Raises MissingInputError when the source is not there, ConversionError when it is unsafe or damaged, when no model
+    explains it (with every key that does not fit) or several do, ConfigError for unknown names, WriteError when the
+    disk refuses.
+    """
+    path, out = located_weights(source), Path(out)
+    published = read(path)
+    name = name or _named(path)
+    match = _best(matches(published, name, layout, _told(path)), source)
+    model: Any = blank(match.system, match.config)
+    model.load_state_dict(adopt(published, match), assign=True)
+    before = {key: list(value.shape) for key, value in model.state_dict().items()}
+    if image_px is not None:
+        model.set_image_size(image_px)
+    after = {key: list(value.shape) for key, value in model.state_dict().items()}
+    receipt = _receipt(source, published, match)
+    resized = {key: [before[key], after[key]] for key in after if before[key] != after[key]}
+    names = ", ".join(f"`{file['name']}` (SHA-256 {file['sha256']})" for file in receipt.files)
+    text = f"Converted from {names}, which names its weights as {receipt.layout} does."
+    save_pretrained(model, out, card={"title": match.name, "text": text, "license": receipt.license})
+    seen = _compared(out, path, published, match, reference) if not resized else {"reference": "resized: not compared"}
+    receipt = dataclasses.replace(receipt, resized=resized, **seen)
+    try:
+        content = json.dumps(dataclasses.asdict(receipt), indent=2) + "\n"
+        write(out / RECEIPT, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+    except OSError as error:
+        raise WriteError(f"cannot write the receipt to {out}: {error}") from error
+    return receipt
+
+
+def _best(found: list[Match], source: str | Path) -> Match:
+    """The one model that a file is."""
+    best = found[0]
+    if best.faults:
+        table = "\n".join(f"{kind}:\n" + "\n".join(f"  {key}" for key in keys) for kind, keys in best.wrong.items())
+        raise ConversionError(
+            f"{source}: no model explains it; the nearest is {best.name} in layout {best.layout}, where {best.faults} "
+            f"keys do not fit. If it is one of the models, name it\n{table}"
+        )
+    equal = {(type(m.config), m.config): m for m in reversed(found) if not m.faults and m.changed == best.changed}
+    if len(equal) > 1:
+        names = ", ".join(sorted(m.name for m in equal.values()))
+        raise ConversionError(f"{source}: {names} all explain it, and differ in more than names: say which it is")
+    return best
+
+
+def _receipt(source: str | Path, published: Published, match: Match) -> Receipt:
+    preset = match.system.PRESETS[match.name]
+    fields = [f.name for f in dataclasses.fields(preset)]
+    theirs = aligned(published.state, match.weights)
+    names = {key: match.weights.names(key) for key in blank(match.system, match.config).state_dict()}
+    used = {name for own in names.values() for name in own}
+    changes = Counter(str(theirs[name].dtype) for name in used if theirs[name].is_floating_point())
+    system = match.system.__name__.rpartition(".")[2]
+    return Receipt(
+        converter=f"multiway {__version__}",
+        source=str(source),
+        files=[_file(path) for path in published.files],
+        format=published.format,
+        wrapper=published.wrapper,
+        beside=dict(published.beside),
+        model=match.name,
+        system=system,
+        layout=match.layout,
+        config={k: getattr(match.config, k) for k in fields if getattr(match.config, k) != getattr(preset, k)},
+        license=LICENSES.get(f"{system}/{match.layout}", LICENSES.get(system, "other")),
+        renamed=names,
+        resized={},
+        dropped={name: "the layout drops it: made anew, or of training alone" for name in theirs if name not in used},
+        dtypes={f"{old} -> torch.float32": n for old, n in changes.items() if old != "torch.float32"},
+    )
+
+
+def _file(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What configs beside the weights may tell, as our configs name it."""
+
+    image_px: int | tuple[int, int] | None = None
+    window: int | None = None
+    pretrained_window: list[int] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    share: float | None = None
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """Settings that the configs beside the weights tell, transformers' and timm's."""
+    config, pixels = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
+    timm = config.get("pretrained_cfg")
+    timm = timm if isinstance(timm, dict) else {}
+    values = {
+        "image_px": config.get("image_size"),
+        "window": config.get("window_size"),
+        "pretrained_window": config.get("pretrained_window_sizes"),
+        "mean": pixels.get("image_mean") or timm.get("mean"),
+        "std": pixels.get("image_std") or timm.get("std"),
+        "share": timm.get("crop_pct"),
+    }
+    try:
+        told = dataclasses.asdict(settings.apply(_Told(), values))
+    except ConfigError as error:
+        raise ConversionError(f"{folder}: the configs beside the weights are not such: {error}") from error
+    if told["pretrained_window"] is not None:
+        told["pretrained_window"] = tuple(told["pretrained_window"]) if any(told["pretrained_window"]) else ()
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def _named(folder: Path) -> str | None:
+    """The model that timm's config beside the weights names, where ours has the same name."""
+    name = _json(folder / "config.json").get("architecture")
+    return name if isinstance(name, str) and name in presets() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MAX_CONFIG:
+        raise ConversionError(f"{path} has more than {MAX_CONFIG} bytes: no config")
+    try:
+        return parse_json(path.read_bytes())
+    except RecordError as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+
+def _compared(out: Path, path: Path, published: Published, match: Match, wanted: Program) -> dict[str, Any]:
+    """What a process of its own says that has the original program, the same weights and our folder."""
+    layouts = match.system.LAYOUTS
+    config = path / "config.json"
+    programs = [name for name in ("transformers", "timm") if name in layouts and wanted in ("auto", name)]
+    if match.layout != "transformers" or not config.is_file():  # it cannot be made without its own config
+        programs = [name for name in programs if name != "transformers"]
+    said: dict[str, Any] = {"reference": "not asked for" if wanted == "none" else "no program is known for this layout"}
+    for program in programs:
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
+            state = to_theirs(adopt(published, match), layouts[program])
+            if program == match.layout:  # nothing of ours in between
+                state = {
+                    name: value for name, value in aligned(published.state, match.weights).items() if name in state
+                }
+            write_weights(folder, state)
+            if program == "transformers":
+                (folder / config.name).write_bytes(config.read_bytes())
+            said = _asked(program, folder, out, match.name)
+        if "difference" in said:
+            break
+    return said
+
+
+def _asked(program: str, folder: Path, out: Path, name: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "multiway.reference", program, str(folder), str(out), name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REFERENCE_SECONDS)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"reference": f"{program} took more than {REFERENCE_SECONDS} s"}
+    except (ValueError, IndexError):
+        return {"reference": f"{program} failed: {done.stderr.strip().splitlines()[-1:]}"}

@@ -1,0 +1,130 @@
+"""What the recipes of pictures and texts encoded apart share: their settings, and how a run becomes a job. No recipe is
+named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multiway import evaluation, pretrained
+from multiway.backbones.vit import whole_patches
+from multiway.data.collate import DualCollate, Samples, Words
+from multiway.data.image import View
+from multiway.data.loader import Batches, Stream
+from multiway.data.prepare import Load, open_corpus, scene_corpus, splits
+from multiway.engine.log import CONSOLE
+from multiway.engine.train import Job
+from multiway.errors import ConfigError
+from multiway.objectives.contrastive import Negatives
+from multiway.pretrained import Preprocessor, Pretrained
+from multiway.run import Run
+from multiway.types import Batch, Objective
+
+Assemble = Callable[[Run, Words], tuple[Objective, Callable[[Samples], Batch]]]
+"""A recipe module's ``assemble``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """Match pictures and texts. ``keep``: share of the patches of each picture that are read while training, ViTs only:
+    fewer make shorter steps, and a short tuning with all of them recovers most (FLIP, arXiv 2212.00794);
+    ``negatives``: whom a pair is compared with, see `multiway.objectives.contrastive.Negatives`."""
+
+    keep: float = 1.0
+    negatives: Negatives = "gathered"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"objective.keep is a share of the patches, above 0 and at most 1, got {self.keep}")
+
+
+def collate(run: Run, words: Words, model: Any) -> DualCollate:
+    """What makes the batches of a run."""
+    grid = whole_patches(run.model.image_px, run.model.patch)
+    branches = 2 * model.layers if run.model.drop_path else 0
+    return DualCollate(words=words, grid=grid, branches=branches, keep=run.objective.keep, causal=model.causal)
+
+
+def build(run: Run, out: Path, assemble: Assemble) -> Job:
+    """Everything the loop needs for pairs; what is made once (the index) is kept below ``out``."""
+    data = run.data
+    if run.init and not data.tokenizer:
+        data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))
+    corpus = scene_corpus(run.seed) if data.root is None else open_corpus(data, out / "index")
+    tokenizer = corpus.tokenizer
+    if not corpus.sources["pair"] or tokenizer is None:
+        raise ConfigError(f"{data.root} has no pictures with captions, which this recipe matches with each other")
+    if tokenizer.vocab > run.model.vocab or data.text_tokens > run.model.text_tokens:
+        raise ConfigError(
+            f"tokenizer and texts have {tokenizer.vocab} ids and up to {data.text_tokens} tokens, the model "
+            f"{run.model.vocab} and {run.model.text_tokens}: set model.vocab and data.text_tokens"
+        )
+    scale = None if data.pair_scale == 1 else (data.pair_scale, 1.0)
+    share = getattr(run.model, "share", None) if scale is None else None
+    view = View(
+        px=run.model.image_px, scale=scale, share=share, interpolation=data.interpolation, flip=data.flip / 2,
+        jitter=data.jitter,
+    )  # fmt: skip
+    torch.manual_seed(run.seed)
+    objective, made = assemble(run, corpus.words(data))
+    model: Any = objective.model
+    objective.init_weights()
+    if run.init:
+        start_from(model, run.init)
+    pairs = Stream(
+        kind="pair", sources=corpus.sources["pair"], weights=corpus.weights["pair"], items=data.pairs, seed=run.seed
+    )
+    load = Load(corpus=corpus, views={"pair": view}, seed=run.seed, decoder=data.decoder)
+    preprocessor = Preprocessor.of(run.model, tokenizer, {"text_tokens": data.text_tokens})
+
+    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+        text = f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps."
+        pretrained.save_pretrained(
+            model, folder, tokenizer=tokenizer, preprocessor=dataclasses.asdict(preprocessor),
+            card={"title": run.recipe, "text": text}, weights=weights,
+        )  # fmt: skip
+
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        return figures(Pretrained(model, tokenizer, preprocessor), run, out)
+
+    return Job(
+        objective=objective, batches=Batches([pairs], load, made), data_hash=corpus.hash, export=export,
+        evaluate=evaluate,
+    )  # fmt: skip
+
+
+def figures(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:
+    """Retrieval and zero-shot classification of embedded scenes, or retrieval of the data's split ``val``."""
+    if run.data.root is None:
+        return {
+            "retrieval": evaluation.retrieval_of_scenes(ready, run.seed),
+            "zero_shot": evaluation.zero_shot_of_scenes(ready, run.seed),
+        }
+    if "val" not in splits(run.data.root):
+        return {}
+    val = open_corpus(dataclasses.replace(run.data, more={}, tokenizer=None), out / "index", split="val")
+    return {"retrieval": evaluation.retrieval_of(ready, val.sources["pair"], evaluation.HELD_OUT)}
+
+
+def start_from(model: Any, folder: str) -> None:
+    """Fill a model with the weights of a folder, positions interpolated to its pictures.
+
+    Raises ConfigError when the folder holds another kind or shape of model.
+    """
+    source: Any = pretrained.load(folder).model
+    if type(source) is not type(model):
+        raise ConfigError(f"{folder} holds a {type(source).__name__}, this recipe tunes a {type(model).__name__}")
+    source.set_image_size(model.config.image_px)
+    given, own = source.state_dict(), model.state_dict()
+    other = [name for name in own if name not in given or given[name].shape != own[name].shape]
+    if other or given.keys() != own.keys():
+        raise ConfigError(f"{folder} has another shape than this run's model: {', '.join(other[:5])}; set model.*")
+    model.load_state_dict(given)
+    CONSOLE.print(f"weights from {folder}")
