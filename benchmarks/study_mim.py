@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from multiway.data.index import build
 from multiway.data.order import generator
 from multiway.engine.train import train
 from multiway.metrics.avgdist import average_distance
@@ -56,8 +57,8 @@ PER_CLASS, HELD_OUT = 400, 200
 
 
 def split(data: Path, out: Path) -> None:
-    """Copy the pictures once and write three tables: everything but the held-out, the labelled, the held-out."""
-    if (out / "everything.jsonl").is_file():
+    """Copy the pictures once, and index three parts: everything but the held-out, the labelled, the held-out."""
+    if (out / "index" / "everything").is_dir():
         return
     tables: dict[str, list[dict[str, str]]] = {"everything": [], "train": [], "val": []}
     for folder in sorted(path for path in data.iterdir() if path.is_dir()):
@@ -75,16 +76,17 @@ def split(data: Path, out: Path) -> None:
                 tables["train"].append({"image": name, "label": folder.name})
     for name, rows in sorted(tables.items(), reverse=True):  # what says that all is there comes last
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        build(out / f"{name}.jsonl", out / "index" / name)
 
 
 def run_of(name: str, given: argparse.Namespace, model: Any, objective: Any, steps: int, seed: int, **more: Any) -> Run:
     """A run of the study; everything a stage does not say is common to all."""
     tuning = objective is LIGHT
-    data = given.out / "data"
+    data = given.out / "data" / "index"
     run = Run(
         recipe=name, model=model, objective=objective,
         data=Data(
-            root=str(data if tuning else data / "everything.jsonl"), images=TUNE_BATCH if tuning else BATCH,
+            root=str(data if tuning else data / "everything"), images=TUNE_BATCH if tuning else BATCH,
             image_scale=0.5, jitter=0.0,
         ),
         optim=Optim(lr=5e-4 if tuning else 1e-3, matrices="muon", betas=(0.9, 0.95)),
@@ -227,7 +229,6 @@ def draw(arms: dict[str, Any], path: Path) -> None:
         left.barh(row, 100 * arms[arm]["mean"], color="#9db8d9", height=0.6)
         left.plot(values, [row] * len(values), "o", color="#1f3a5f", markersize=4)
     left.set_yticks(range(len(names)), names)
-    left.set_xlim(left=max(0, 100 * min(min(arms[arm]["accuracy"]) for arm in names) - 10))
     left.set_xlabel("accuracy on held-out pictures, %")
     left.set_title("The same encoder after pre-training by ...", loc="left")
     hidden = [arm for arm in arms if arms[arm]["avgdist"]]
@@ -235,10 +236,10 @@ def draw(arms: dict[str, Any], path: Path) -> None:
         right.plot([arms[arm]["avgdist"]] * len(arms[arm]["accuracy"]), [100 * x for x in arms[arm]["accuracy"]], "o",
                    color="#1f3a5f", markersize=4)  # fmt: skip
         right.annotate(
-            arm.removeprefix("SimMIM, "), (arms[arm]["avgdist"], 100 * arms[arm]["mean"]), xytext=(8, 0),
-            textcoords="offset points", va="center",
+            arm.removeprefix("SimMIM, "), (arms[arm]["avgdist"], 100 * max(arms[arm]["accuracy"])), xytext=(0, 7),
+            textcoords="offset points", ha="center",
         )  # fmt: skip
-    right.margins(x=0.35, y=0.15)
+    right.margins(x=0.2, y=0.15)
     right.set_xlabel(f"AvgDist, pixels (pictures of {PX} px)")
     right.set_ylabel("accuracy, %")
     right.set_title("SimMIM: cells of other sizes", loc="left")

@@ -63,7 +63,7 @@ def test_models_are_listed_and_made():
     names = list_models("beit3*")
     assert "beit3_base_patch16_224" in names
     assert names == sorted(names)
-    assert list_models("*_64") == ["beit3_tiny_patch16_64"]
+    assert list_models("beit3*_64") == ["beit3_tiny_patch16_64"]
     assert list_models("nothing*") == []
     with torch.device("meta"):
         model = create_model("beit3_base_patch16_224", contrast=True)

@@ -84,6 +84,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return result
 
 
+def completed(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Saved values with what an earlier version did not know yet: such settings had the effect of their defaults."""
+    result = dict(values)
+    for field in dataclasses.fields(config):
+        own = getattr(config, field.name)
+        if dataclasses.is_dataclass(own):
+            result[field.name] = completed(values.get(field.name, {}), own)
+        elif field.name not in values and field.default is not dataclasses.MISSING:
+            result[field.name] = json.loads(json.dumps(field.default))
+    return result
+
+
 def plain(config: Any) -> dict[str, Any]:
     """The config as JSON would give it back (tuples are lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -72,8 +72,10 @@ def evaluate_model(
     check(model.model, TASKS[task], task)
     if task == "captioning":
         captioning.require(model.model)
-        if data is None:
+        if data is None and predictions is None:
             return captioning_of_scenes(model)
+        if data is None:
+            raise ConfigError("predictions are written for pictures that somebody scores: name them with --data")
         with indexed(model, data, split) as index:
             return captioning_of(model, index.sources, unit=unit, predictions=predictions)
     if task == "linear_probe":
@@ -145,6 +147,8 @@ def captions(
     Raises ConfigError for a model that writes no captions or has no tokenizer; otherwise as `Pretrained.picture`.
     """
     captioning.require(model.model)
+    if beams < 1:
+        raise ConfigError(f"captions are searched for with one beam or more, got {beams}")
     words = model.tokenizer
     if words is None:
         raise ConfigError(f"{model.name or 'the model'} has no tokenizer: captions need the one it was tuned with")
@@ -199,42 +203,48 @@ def captioning_of_scenes(model: Pretrained, seed: int = 0, **search: Any) -> dic
     return captioning.evaluate(captions(model, torch.from_numpy(scenes.images), **search), scenes.captions)
 
 
+Records = Sequence[tuple[Source, int]]
+"""Pictures as their sources and numbers, so that not all of them are in memory."""
+
+
 def zero_shot_of(model: Pretrained, index: Index, prompts: Sequence[str]) -> dict[str, Any]:
     """Naming the class of pictures, which is the name of their folder; ``prompts``: templates with ``{}``."""
-    images, labels = labelled(model, index, "zero_shot")
+    records, labels = labelled(index, "zero_shot")
     texts = [[prompt.replace("{}", name.replace("_", " ")) for prompt in prompts] for name in index.labels]
-    return dict(zero_shot.evaluate(model.encode_image, model.encode_text, images, labels, texts))
+
+    def embed(records: Records) -> Tensor:
+        return model.encode_image(source.image(i, model.source_px) for source, i in records)
+
+    return dict(zero_shot.evaluate(embed, model.encode_text, records, labels, texts))
 
 
-def labelled(model: Pretrained, index: Index, task: str) -> tuple[Tensor, list[int]]:
-    """All pictures that have a class, as the model sees them, uint8 (N, 3, H, W), and the numbers of their classes."""
-    images, labels = [], []
-    for source in index.sources:
-        for record in range(len(source)) if source.kind != "text" else ():
-            if (label := source.label(record)) is not None:
-                images.append(model.picture(source.image(record, model.source_px)))
-                labels.append(label)
-    if not images:
+def labelled(index: Index, task: str) -> tuple[Records, list[int]]:
+    """All pictures that have a class, and the numbers of their classes."""
+    found = [(source, i) for source in index.sources if source.kind != "text" for i in range(len(source))]
+    labels = [source.label(i) for source, i in found]
+    known = [label for label in labels if label is not None]
+    if not known:
         raise DataError(f"no picture lies in a folder named after its class: {task} needs labels")
-    return torch.stack(images), labels
+    return [record for record, label in zip(found, labels, strict=True) if label is not None], known
 
 
 def classification_of(model: Pretrained, index: Index) -> dict[str, Any]:
     """Accuracy of a model's own classifier on pictures whose classes are named as the model's."""
-    images, labels = labelled(model, index, "image_classification")
-    known = model.preprocessor.labels or list(index.labels)
     shape: Any = model.model.config
+    if not (classes := getattr(shape, "classes", 0)):
+        raise ConfigError(f"{model.name} has no classifier: tune it to classes first, or measure a linear_probe")
+    records, labels = labelled(index, "image_classification")
+    known = model.preprocessor.labels or list(index.labels)
     unknown = [name for name in index.labels if name not in known]
-    if unknown or len(known) != shape.classes:
+    if unknown or len(known) != classes:
         raise ConfigError(
-            f"the model has {shape.classes} classes ({', '.join(known[:5])}, ...), the data {len(index.labels)}, of "
+            f"the model has {classes} classes ({', '.join(known[:5])}, ...), the data {len(index.labels)}, of "
             f"which the model does not know {', '.join(unknown[:5]) or 'the order'}"
         )
     truth = torch.tensor([known.index(index.labels[label]) for label in labels])
-    with torch.inference_mode():
-        return dict(
-            image_classification.evaluate(model.model, zip(images.split(BATCH), truth.split(BATCH), strict=True))
-        )
+    return dict(
+        image_classification.evaluate(model.model, zip(batches(model, records), truth.split(BATCH), strict=True))
+    )
 
 
 def probe_of(model: Pretrained, data: str | None, split: str | None) -> dict[str, Any]:
@@ -244,32 +254,37 @@ def probe_of(model: Pretrained, data: str | None, split: str | None) -> dict[str
     picture is the test. No data = embedded digits, those of other writers being the test.
     """
     if data is None:
-        parts = [digit_corpus(0).sources["image"][0], digit_corpus(0, held_out=True).sources["image"][0]]
-        images = [torch.stack([model.picture(own.image(i)) for i in range(len(own))]) for own in parts]
-        labels = [np.array([own.label(i) for i in range(len(own))]) for own in parts]
-        return dict(linear_probe.evaluate(features(model, images[0]), labels[0], features(model, images[1]), labels[1]))
+        parts = [corpus.sources["image"][0] for corpus in (digit_corpus(0), digit_corpus(0, held_out=True))]
+        fit, test = ([(own, i) for i in range(len(own))] for own in parts)
+        y, truth = ([source.label(i) for source, i in records] for records in (fit, test))
+        return dict(linear_probe.evaluate(features(model, fit), y, features(model, test), truth))  # type: ignore[arg-type]
     if split is None and not (Path(data) / "manifest.json").is_file() and splits(data) == ["train", "val"]:
-        with indexed(model, data, "train") as fit, indexed(model, data, "val") as test:
-            (own, y), (other, truth) = (labelled(model, index, "linear_probe") for index in (fit, test))
-            if missing := set(test.labels) - set(fit.labels):
+        with indexed(model, data, "train") as own, indexed(model, data, "val") as other:
+            (fit, y), (test, truth) = (labelled(index, "linear_probe") for index in (own, other))
+            if missing := set(other.labels) - set(own.labels):
                 raise DataError(f"classes of val that train has not: {', '.join(sorted(missing)[:5])}")
-            truth = [fit.labels.index(test.labels[label]) for label in truth]
-        return dict(linear_probe.evaluate(features(model, own), y, features(model, other), truth))
+            truth = [own.labels.index(other.labels[label]) for label in truth]
+            return dict(linear_probe.evaluate(features(model, fit), y, features(model, test), truth))
     with indexed(model, data, split) as index:
-        images, labels = labelled(model, index, "linear_probe")
-    test = torch.arange(len(images)) % FOLD == 0
-    found, y = features(model, images), np.asarray(labels)
-    return dict(linear_probe.evaluate(found[~test], y[~test.numpy()], found[test], y[test.numpy()]))
+        records, labels = labelled(index, "linear_probe")
+        found, y = features(model, records), np.asarray(labels)
+    test = np.arange(len(y)) % FOLD == 0
+    return dict(linear_probe.evaluate(found[~test], y[~test], found[test], y[test]))
 
 
-def features(model: Pretrained, images: Tensor) -> Tensor:
-    """What a classifier would read of pictures uint8 (N, 3, H, W): float32 (N, D)."""
+def features(model: Pretrained, records: Records) -> Tensor:
+    """What a classifier would read of pictures: float32 (N, D)."""
     encoder: Any = model.model
     with torch.inference_mode():
-        found = [
-            encoder.pool(encoder.encode(image=some.to(model.device))).float().cpu() for some in images.split(BATCH)
-        ]
+        found = [encoder.pool(encoder.encode(image=image)).float().cpu() for image in batches(model, records)]
     return torch.cat(found).clone()
+
+
+def batches(model: Pretrained, records: Records) -> Iterator[Tensor]:
+    """Pictures as the model sees them, uint8 (B, 3, H, W), on its device."""
+    for start in range(0, len(records), BATCH):
+        some = records[start : start + BATCH]
+        yield torch.stack([model.picture(source.image(i, model.source_px)) for source, i in some]).to(model.device)
 
 
 @contextmanager

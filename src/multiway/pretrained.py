@@ -78,7 +78,8 @@ class Preprocessor:
 
         Raises ConfigError for an unknown or mistyped value, and for one that does not fit model and tokenizer.
         """
-        ids: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in ("bos", "pad", "eos", "unk", "hide")}
+        own = {name: getattr(tokenizer, name, -1) for name in ("bos", "pad", "eos", "unk", "hide")}
+        ids: dict[str, Any] = {name: None if special < 0 else special for name, special in own.items()}
         longest = getattr(shape, "text_tokens", 0) or getattr(shape, "text_positions", TEXT_TOKENS + 2) - 2
         usual = cls(
             image_px=shape.image_px, mean=shape.mean, std=shape.std, share=getattr(shape, "share", None),

@@ -183,16 +183,16 @@ class Stage:
         """Forward and backward of so many samples by kind, the first blocks ``recomputed``; gradients stay."""
         self.objective.zero_grad(set_to_none=True)
         batch, counts = self.batch(items)
-        for block in self.blocks[:recomputed]:
-            recompute(block)
+        for again in self.blocks[:recomputed]:
+            recompute(again)
         with self.recording() as recorder:
             for x in batch.values():
                 if isinstance(x, Tensor):
                     recorder.number(x)
             self.forward(batch, counts).backward()
-        for block in self.blocks[:recomputed]:
-            del block.forward
-        in_blocks = {p for block in self.blocks for p in block.parameters()}
+        for again in self.blocks[:recomputed]:
+            del again.forward
+        in_blocks = {p for own in self.blocks for p in own.parameters()}
         made = [(p.grad, p in in_blocks) for p in self.objective.parameters()]
         return recorder.trace({recorder.number(grad): inside for grad, inside in made if grad is not None})
 

@@ -16,10 +16,10 @@ class Data:
     each kind in one optimiser step over all processes, 0 = none; where there are no pictures or texts alone, those
     of pairs are used. ``image_scale``, ``pair_scale``: smallest share of a picture's area that a crop keeps
     (largest: all). ``flip``: mirror half of the pictures. ``jitter``: strength of brightness, contrast and
-    saturation changes. ``text_tokens``: longest text of a pair, with its two specials; ``window``: the same of texts
-    alone. ``interpolation``: of crops while training. ``vocab``: size of the tokenizer trained on your texts when ``tokenizer`` names no file. ``workers``:
-    loader processes, 0 = inline. ``decoder``: of plain JPEGs; simplejpeg (extra ``fast``) is the faster one.
-    ``max_bad``: share of records that may be bad before the run stops (exit 65).
+    saturation changes. ``interpolation``: of crops while training. ``text_tokens``: longest text of a pair, with its
+    two specials; ``window``: the same of texts alone. ``vocab``: size of the tokenizer trained on your texts when
+    ``tokenizer`` names no file. ``workers``: loader processes, 0 = inline. ``decoder``: of plain JPEGs; simplejpeg
+    (extra ``fast``) is the faster one. ``max_bad``: share of records that may be bad before the run stops (exit 65).
     """
 
     root: str | None = None

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class StepOutput:
 class Objective(nn.Module):
     """A model together with the loss it is trained by: what the loop trains, FSDP shards and a checkpoint stores."""
 
-    splittable: ClassVar[bool] = True
+    splittable: bool = True
     """Whether the loss of a batch is the sum of the losses of its parts (contrastive losses are not)."""
 
     joins: bool = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from multiway.data.captions import CaptionCollate, hide_caption
 from multiway.data.collate import Words
+from multiway.errors import ConfigError
 from tests.contracts.toys import sample
 
 WORDS = Words(bos=0, eos=2, mask_id=49, first=4, stop=49, longest=14, window=14)
@@ -60,6 +63,11 @@ def test_a_batch_is_laid_out_causally() -> None:
     rest = np.setdiff1d(np.arange(len(framed)), hidden)
     assert (batch["text"].numpy()[rest] == framed[rest]).all()
     assert (batch["text_target"] == words.eos).any()
+
+
+def test_a_tokenizer_without_a_mask_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has no <mask>"):
+        CaptionCollate(words=dataclasses.replace(WORDS, mask_id=-1), grid=(4, 4))
 
 
 def test_the_same_generator_gives_the_same_batch() -> None:

@@ -222,12 +222,26 @@ def test_muon_is_that_of_one_process_and_survives_a_kill(tmp_path: Path) -> None
     assert left(out) == left(tmp_path / "1")
 
 
-def test_contrast_refuses_micro_batches(tmp_path: Path) -> None:
-    run = tiny(kind="contrast", parallel=spread(micro=2))
-    with pytest.raises(
-        ConfigError, match="Contrast compares all samples of a step .* must be 1, got 2. Take fewer items"
-    ):
+def test_what_compares_all_samples_and_cannot_join_micro_batches_refuses_them(tmp_path: Path) -> None:
+    run = tiny(kind="both", parallel=spread(micro=2))
+    with pytest.raises(ConfigError, match="Both compares all samples of a step .* must be 1, got 2. Take fewer items"):
         train(run, partial(build, out=tmp_path), tmp_path)
+
+
+def test_contrast_in_micro_batches_over_two_processes_is_that_of_one_batch(tmp_path: Path) -> None:
+    """Micro-batches are encoded again in the backward, inside FSDP too; the whole step is compared at once."""
+    optim = Optim(lr=3e-3, clip=0.5)
+    run = tiny(5, kind="contrast", optim=optim, checkpoint=Checkpoint(every=100), log=Log())
+    curves, norms, weights = [], [], []
+    for world, micro in ((1, 1), (1, 4), (2, 2), (2, 4)):
+        out = tmp_path / f"{world}x{micro}"
+        curves.append(curve(world, dataclasses.replace(run, parallel=spread(micro=micro)), out, Twist()))
+        norms.append([row["grad_norm"] for row in rows(out / "metrics.jsonl")])
+        weights.append(load_file(out / "final" / "model.safetensors"))
+        assert curves[-1] == pytest.approx(curves[0], rel=1e-5)
+        assert norms[-1] == pytest.approx(norms[0], rel=1e-4)
+        assert all((weights[-1][name] - weights[0][name]).abs().max() < 5e-5 for name in weights[0])
+    assert curves[0][-1] < curves[0][0]
 
 
 @pytest.mark.parametrize("kind", ["contrast", "both"])

@@ -200,3 +200,14 @@ def test_a_row_of_metrics_says_it_all(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(sum(row[term] for term in terms), rel=1e-5)
         assert 0 <= row["text/accuracy"] <= 1
     assert [row["lr"] for row in metrics][:3] == [0, 1.5e-3, 3e-3]
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_had_the_effect_of_its_default() -> None:
+    run = Run(recipe="tiny", model=Optim(), objective=Optim())
+    now = config.plain(run)
+    before = json.loads(json.dumps(now))
+    del before["optim"]["matrices"], before["schedule"]["shape"]
+    assert config.differences(config.completed(before, run), now) == {}
+    other = dataclasses.replace(run, optim=dataclasses.replace(run.optim, matrices="muon"))
+    found = config.differences(config.completed(before, other), config.plain(other))
+    assert found == {"optim.matrices": ("adamw", "muon")}

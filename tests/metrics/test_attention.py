@@ -49,9 +49,11 @@ def test_a_loop_over_every_entry_agrees(prefix):
             assert float(found.distance[picture, head]) == pytest.approx(far, rel=1e-5)
             assert float(found.entropy[picture, head]) == pytest.approx(-(rows * np.log(rows)).sum(-1).mean(), rel=1e-4)
         pairs = [(a, b) for a in range(4) for b in range(a)]
-        apart = [(rel_entr(own[picture, a], own[picture, b]) + rel_entr(own[picture, b], own[picture, a])).sum(-1).mean() / 2
-                 for a, b in pairs]  # fmt: skip
-        assert float(found.divergence[picture]) == pytest.approx(np.mean(apart), rel=1e-4)
+        apart = [
+            (rel_entr(own[picture, a], own[picture, b]) + rel_entr(own[picture, b], own[picture, a])).sum(-1).mean()
+            for a, b in pairs
+        ]
+        assert float(found.divergence[picture]) == pytest.approx(np.mean(apart) / 2, rel=1e-4)
         flat = own[picture].reshape(4, -1)
         flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
         assert float(found.cosine[picture]) == pytest.approx(np.mean([flat[a] @ flat[b] for a, b in pairs]), rel=1e-5)

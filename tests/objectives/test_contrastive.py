@@ -36,9 +36,8 @@ def over_ranks(world: int, a: Tensor, b: Tensor, loss: Callable[..., tuple[Tenso
     total = torch.zeros(())
     for rank, (own, other) in enumerate(zip(*views, strict=True)):
 
-        def gather(x: Tensor) -> Tensor:
-            which = 0 if torch.equal(x, views[0][rank]) else 1
-            return gather_of(list(views[which]))(x)
+        def gather(x: Tensor, own: Tensor = own) -> Tensor:
+            return gather_of(list(views[0 if torch.equal(x, own) else 1]))(x)
 
         total = total + loss(own, other, gather, rank)[0].sum()
     return total

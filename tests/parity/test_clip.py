@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -44,12 +46,12 @@ def pairs(causal: bool) -> tuple[Batch, Tensor]:
     return {"plan": plan, "image": image, "text": text}, padded
 
 
-def check(ours: Any, batch: Batch, theirs: Any, loss: Tensor, files: Path, layout: Any) -> None:
-    """Vectors, loss and gradients of both; theirs: their model's output."""
-    image, text = ours.embed(batch)
-    assert theirs.image_embeds.std() > 0.05, "vectors of constants would compare nothing"
-    torch.testing.assert_close(image, theirs.image_embeds, rtol=0, atol=1e-5)
-    torch.testing.assert_close(text, theirs.text_embeds, rtol=0, atol=1e-5)
+def compare(ours: Any, batch: Batch, image: Tensor, text: Tensor, loss: Tensor) -> None:
+    """Vectors and loss are the original's; gradients of ours are made."""
+    got = ours.embed(batch)
+    assert image.std() > 0.05, "vectors of constants would compare nothing"
+    torch.testing.assert_close(got[0], image, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[1], text, rtol=0, atol=1e-5)
     own = ours(batch, ours.counts(batch)).loss
     torch.testing.assert_close(own, loss, rtol=1e-5, atol=1e-5)
     own.backward()
@@ -68,12 +70,12 @@ def test_clip_equals_transformers(activation: str, tmp_path: Path) -> None:
         projection_dim=20,
     )
     theirs = randomize(transformers.CLIPModel(settings)).eval()
-    model = clip.CLIP(clip.Config(**{**vars(CLIP), "activation": activation}))
+    model = clip.CLIP(dataclasses.replace(CLIP, activation=activation))
     layout = clip.LAYOUTS["transformers"]
     fill(model, saved(theirs, tmp_path / "weights"), layout)
     batch, padded = pairs(causal=True)
     output = theirs(pixel_values=batch["image"], input_ids=padded, return_loss=True)
-    check(ImageTextContrast(model), batch, output, output.loss, tmp_path, layout)
+    compare(ImageTextContrast(model), batch, output.image_embeds, output.text_embeds, output.loss)
     output.loss.backward()
     check_gradients(model, saved_gradients(theirs, tmp_path / "gradients"), layout)
 
@@ -90,6 +92,37 @@ def test_siglip_equals_transformers(tmp_path: Path) -> None:
     batch, padded = pairs(causal=False)
     filled = torch.where(padded == 0, SIGLIP.fill, padded)
     output = theirs(pixel_values=batch["image"], input_ids=filled, return_loss=True)
-    check(ImageTextSigmoid(model), batch, output, output.loss, tmp_path, layout)
+    compare(ImageTextSigmoid(model), batch, output.image_embeds, output.text_embeds, output.loss)
     output.loss.backward()
     check_gradients(model, saved_gradients(theirs, tmp_path / "gradients"), layout)
+
+
+def open_clips(settings: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """What `open_clip_reference.py` writes of a model."""
+    env = os.environ | {"PYTHONPATH": str(HERE / "stubs"), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(HERE / "open_clip_reference.py"), json.dumps(settings), str(path)]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return load_file(path)
+
+
+VIT = {"layers": 3, "width": 48, "head_width": 12, "mlp_ratio": 2.0, "patch_size": 8, "image_size": 32}
+RESNET = {"layers": [2, 1, 1, 1], "width": 8, "image_size": 64}
+TEXT = {"context_length": 12, "vocab_size": VOCAB, "width": 32, "heads": 2, "layers": 2}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="open_clip is not installed")
+@pytest.mark.parametrize(("vision", "quick"), [(VIT, False), (VIT, True), (RESNET, False)], ids=["vit", "quick", "rn"])
+def test_clip_equals_open_clip(vision: dict[str, Any], quick: bool, tmp_path: Path) -> None:
+    settings = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": TEXT, "quick_gelu": quick}
+    theirs = open_clips(settings, tmp_path / "reference.safetensors")
+    shape = dataclasses.replace(CLIP, text_hidden=128, activation="quick_gelu" if quick else "gelu")
+    if vision is RESNET:
+        shape = dataclasses.replace(shape, dim=8, stages=(2, 1, 1, 1), patch=32, image_px=64)
+    model, layout = clip.CLIP(shape).eval(), clip.LAYOUTS["openai" if quick else "open_clip"]
+    fill(model, group(theirs, "state."), layout)
+    batch, _ = pairs(causal=True)
+    batch |= {"image": theirs["image"], "text": theirs["text"]}
+    compare(ImageTextContrast(model), batch, theirs["image_vectors"], theirs["text_vectors"], theirs["loss"])
+    # The positions of the pooled ResNet are only compared with each other: their gradient is a small difference.
+    check_gradients(model, group(theirs, "grad."), layout, within=2e-5 if vision is RESNET else 1e-5)

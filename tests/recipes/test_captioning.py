@@ -82,6 +82,20 @@ def test_it_trains_starts_from_a_pre_trained_model_and_evaluates(folder: Path, t
     assert set(figures["captioning"]["floor"]) >= {"caption", "cider_d", "bleu4"}
 
 
+def test_micro_batches_learn_and_drop_the_same(folder: Path, tmp_path: Path) -> None:
+    """Also where the worst words are dropped, by the quantile of the step before."""
+    runs = []
+    for micro in (1, 2):
+        out = tmp_path / f"micro-{micro}"
+        options = ["--objective.drop_after=0", "--schedule.steps=4", f"--parallel.micro={micro}"]
+        two_steps(beit3.quick_captioning(), out, f"--data.root={folder}", *options)
+        runs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*runs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["caption/dropped"] == one["caption/dropped"]
+    assert runs[0][0]["caption/dropped"] == 0 and any(row["caption/dropped"] > 0 for row in runs[0][1:])
+
+
 def test_without_data_it_captions_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "SCENES", 400)
     monkeypatch.setattr(evaluation, "HELD_OUT", 6)
@@ -104,6 +118,8 @@ def test_the_evaluation_writes_what_the_scorer_reads(folder: Path, saved: Path, 
     assert words == figures
     letters = evaluation.evaluate_model(str(saved), "captioning", str(folder), "val", unit="characters")
     assert letters["floor"]["caption"] == words["floor"]["caption"] and letters["floor"] != words["floor"]
+    with pytest.raises(ConfigError, match="name them with --data"):
+        evaluation.evaluate_model(str(saved), "captioning", predictions=str(file))
     with pytest.raises(WriteError, match="cannot write the captions to"):
         evaluation.evaluate_model(str(saved), "captioning", str(folder), "val", predictions=str(tmp_path / "no" / "x"))
 
@@ -139,6 +155,8 @@ def test_what_cannot_caption_is_refused_with_what_could(folder: Path, tmp_path: 
     with pytest.raises(ConfigError, match="fills in hidden words, such as a BEiT-3"):
         evaluation.evaluate_model(str(tmp_path / "itc"), "captioning", str(folder), "val")
     bare = tiny.pretrained()
+    with pytest.raises(ConfigError, match="one beam or more, got 0"):
+        evaluation.captions(bare, tiny.pictures(1), beams=0)
     with pytest.raises(ConfigError, match="has no tokenizer: captions need the one it was tuned with"):
         evaluation.captions(Pretrained(bare.model, None, Preprocessor.of(bare.model.config, None)), tiny.pictures(1))
 

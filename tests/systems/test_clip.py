@@ -17,7 +17,7 @@ from multiway.data.text import TextTokenizer
 from multiway.errors import ConfigError, ConversionError
 from multiway.plan import make_plan
 from multiway.pretrained import Preprocessor, Pretrained, load
-from multiway.systems.clip import LAYOUTS, PRESETS, CLIP, Config
+from multiway.systems.clip import CLIP, LAYOUTS, PRESETS, Config
 from multiway.tasks.needs import check
 from multiway.tasks.retrieval import ImageTextContrast
 from multiway.weights.rename import to_theirs

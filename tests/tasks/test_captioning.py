@@ -239,6 +239,22 @@ def test_one_beam_without_length_penalty_is_greedy() -> None:
         assert words == text[1:]
 
 
+@pytest.mark.parametrize(("end", "steps"), [(-0.334, 2), (-0.338, 30)])
+def test_it_stops_when_nothing_better_can_come(end: float, steps: int) -> None:
+    """What runs on at first has log((1 - e ** end) / 4), and loses nothing later: 7.92 and 7.80 times the end's own
+    score. It could only win over the end while that is less than 31 ** .6 = 7.85 times.
+    """
+    calls = []
+
+    def advance(words: Tensor, parents: Tensor | None) -> Tensor:
+        calls.append(words)
+        first = torch.tensor([end, *[math.log((1 - math.exp(end)) / 4)] * 4])
+        return (first if len(calls) == 1 else torch.tensor([-40.0, 0.0, -40.0, -40.0, -40.0])).view(1, 1, 5)
+
+    got, scores = beam_search(advance, torch.tensor([FIRST]), END, beams=1)
+    assert len(calls) == steps and got == [[]] and scores.item() == pytest.approx(end)
+
+
 def test_a_model_that_has_diverged_is_said() -> None:
     with pytest.raises(NumericsError, match="diverged"):
         beam_search(lambda words, parents: torch.full((2, 3, 5), math.nan), torch.zeros(2, dtype=torch.long), 1)
@@ -333,27 +349,33 @@ def test_the_worst_fifth_is_dropped_late_wherever_it_is_computed() -> None:
     batches = [COLLATE({"pair": samples(8, seed)}) for seed in range(3)]
     losses = torch.cat([divergences(objective, batch) for batch in batches]).detach()
     counts = {"caption": len(losses)}
-    two = Across(total=lambda x: 2 * x)  # another process that saw the same
-    for across in (Across(), two):
-        for step in (0, 2):
-            for batch in batches:
-                objective(batch, counts, across)
-            objective.after_step(step)
-            assert objective.limit == math.inf and not objective.seen.any()
+    for step in (0, 2):
         for batch in batches:
-            assert objective(batch, counts, across).sums["caption/dropped"] == 0
-        objective.after_step(3)
-        quantile = losses.sort().values[math.ceil(0.8 * len(losses)) - 1].item()
-        assert objective.limit.item() == pytest.approx(quantile, abs=1 / BINS_PER_NAT)
-        kept = losses < objective.limit
-        outs = [objective(batch, counts, across) for batch in batches]
-        assert sum(out.sums["caption/dropped"].item() for out in outs) == (~kept).sum()
-        assert (~kept).float().mean().item() == pytest.approx(0.2, abs=0.03)
-        want = (losses * kept).sum() / (0.8 * len(losses))
-        assert sum(out.loss.item() for out in outs) == pytest.approx(want.item(), rel=1e-5)
-        objective.init_weights()
-        assert objective.limit == math.inf
-        randomize(objective.model)
+            objective(batch, counts)
+        objective.after_step(step)
+        assert objective.limit == math.inf and not objective.seen.any()
+    for batch in batches:
+        assert objective(batch, counts).sums["caption/dropped"] == 0
+    objective.after_step(3)
+    quantile = losses.sort().values[math.ceil(0.8 * len(losses)) - 1].item()
+    assert objective.limit.item() == pytest.approx(quantile, abs=1 / BINS_PER_NAT)
+
+    kept = losses < objective.limit
+    outs = [objective(batch, counts) for batch in batches]
+    assert sum(out.sums["caption/dropped"].item() for out in outs) == (~kept).sum()
+    assert (~kept).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    want = (losses * kept).sum() / (0.8 * len(losses))
+    assert sum(out.loss.item() for out in outs) == pytest.approx(want.item(), rel=1e-5)
+
+    # Two processes, of which the other one sees the last batch.
+    process, other = objective_of(drop_after=0), objective_of()
+    other(batches[2], counts)
+    process(batches[0], counts)
+    process(batches[1], counts, Across(total=lambda x: x + other.seen))
+    process.after_step(0)
+    assert process.limit == objective.limit
+    process.init_weights()
+    assert process.limit == math.inf and not process.seen.any()
 
 
 def test_the_limit_is_part_of_a_checkpoint() -> None:
@@ -374,12 +396,12 @@ def test_an_evaluation_leaves_the_quantile_alone() -> None:
 
 def test_it_learns_captions_by_heart_and_writes_them() -> None:
     torch.manual_seed(0)
-    config = dataclasses.replace(SHAPES["decoupled"], dim=64, depth=2, drop_path=0.0, init_std=0.1)
+    config = dataclasses.replace(SHAPES["decoupled"], depth=2, drop_path=0.0, init_std=0.15)
     objective = Captioning(BEiT3(config), smoothing=0.0)
     objective.init_weights()
-    optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
-    pairs = samples(8)
-    for step in range(150):
+    optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)
+    pairs = samples(4)
+    for step in range(120):
         fresh = [dataclasses.replace(pair, rng=np.random.default_rng([step, i])) for i, pair in enumerate(pairs)]
         batch = COLLATE({"pair": fresh})
         loss = objective(batch, objective.counts(batch)).loss

@@ -123,3 +123,23 @@ def test_long_lists_are_cut() -> None:
     many = {f"layer.{i}.out.weight": torch.zeros(1) for i in range(30)}
     with pytest.raises(ConversionError, match=r"30 missing: .* and 20 more"):
         to_ours({}, RULES, many)
+
+
+def test_lone_vectors_lose_their_dimensions_and_matrices_are_transposed() -> None:
+    rules = WeightMap(
+        rules=(("token", "t"), ("scale", "s"), ("head.{part}", "h.{part}")),
+        squeezed=("token", "scale"),
+        transposed=("head.weight",),
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"token": (1, 1, 4), "scale": (1,), "head.weight": (2, 4), "head.bias": (2,)}
+    ours = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    theirs = to_theirs(ours, rules)
+    assert {key: tuple(x.shape) for key, x in theirs.items()} == {
+        "t": (4,), "s": (), "h.weight": (4, 2), "h.bias": (2,),
+    }  # fmt: skip
+    assert torch.equal(theirs["h.weight"], ours["head.weight"].T) and theirs["h.weight"].is_contiguous()
+    back = to_ours(theirs, rules, ours)
+    assert all(torch.equal(back[key], ours[key]) for key in ours)
+    with pytest.raises(ConversionError, match=r"h.weight \(2, 4\) instead of \(4, 2\)"):
+        to_ours({**theirs, "h.weight": ours["head.weight"]}, rules, ours)

@@ -14,12 +14,18 @@ from multiway.errors import ConfigError
 from multiway.nn.pixels import Size, normalise
 from multiway.plan import Plan, Tokens, make_plan
 
+BELOW = (
+    "encoder.vision.trunk.", "encoder.vision.first_norm.", "encoder.vision.stem.", "encoder.language.words.",
+    "encoder.language.positions",
+)  # fmt: skip
+"""What comes before the first block of either tower."""
+
 
 class DualEncoder(nn.Module):
     """A tower of pictures and a tower of texts, side by side.
 
-    ``vision(image, keep, draws)`` and ``language(ids, plan, draws)`` return tokens; both have ``blocks``, ``pool(tokens)
-    -> (B, D)`` and a ``projection`` of that to the width that both share.
+    ``vision(image, keep, draws)`` and ``language(ids, plan, draws)`` return tokens; both have ``blocks``,
+    ``pool(tokens) -> (B, D)`` and a ``projection`` of that to the width that both share.
     """
 
     def __init__(self, vision: Any, language: Any) -> None:
@@ -115,13 +121,6 @@ class DualModel(nn.Module):
     def no_decay(self, name: str) -> bool:
         """Matrices without weight decay: those that are a lone vector."""
         return name.endswith(("cls_token", "probe"))
-
-
-BELOW = (
-    "encoder.vision.trunk.", "encoder.vision.first_norm.", "encoder.vision.stem.", "encoder.language.words.",
-    "encoder.language.positions",
-)  # fmt: skip
-"""What comes before the first block of either tower."""
 
 
 def texts_of(plan: Plan) -> Plan:

@@ -9,6 +9,7 @@ import torch
 
 from multiway.data.collate import Samples, Words, basics
 from multiway.data.hide import RANDOM, REPLACE
+from multiway.errors import ConfigError
 from multiway.plan import make_plan
 from multiway.types import Batch
 
@@ -44,6 +45,10 @@ class CaptionCollate:
     grid: tuple[int, int]
     ratio: float = 0.7
     branches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.words.mask_id < 0:
+            raise ConfigError("this tokenizer has no <mask>, so no words can be hidden: take another tokenizer")
 
     def __call__(self, samples: Samples) -> Batch:
         """Draw what is hidden from each pair's generator and lay everything out."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multiway.data.hide import hide_blocks, hide_words, smallest_block
 from multiway.data.text import framed
+from multiway.errors import ConfigError
 from multiway.plan import make_plan
 from multiway.types import Batch
 
@@ -39,13 +40,13 @@ Samples = Mapping[str, Sequence[Sample]]
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """The ids collate needs of a text vocabulary: ``<s>``, ``</s>``, ``<mask>`` (None = it has none), the range [first,
-    stop) of words; and the greatest number of tokens, with the specials, of a text of a pair (``longest``) and alone
-    (``window``)."""
+    """The ids collate needs of a text vocabulary: ``<s>`` and ``<mask>``, -1 where it has none, ``</s>``, the range
+    [first, stop) of words; and the greatest number of tokens, with the specials, of a text of a pair (``longest``) and
+    alone (``window``)."""
 
-    bos: int | None
+    bos: int
     eos: int
-    mask_id: int | None
+    mask_id: int
     first: int
     stop: int
     longest: int
@@ -74,6 +75,10 @@ class MaskedCollate:
     branches: int = 0
     contrast: bool = False
     joint: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.words.mask_id < 0:
+            raise ConfigError("this tokenizer has no <mask>, so no words can be hidden: take another tokenizer")
 
     def __call__(self, samples: Samples) -> Batch:
         """Draw what is hidden from each sample's generator and lay everything out."""

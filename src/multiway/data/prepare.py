@@ -180,10 +180,13 @@ def require_labels(corpus: Corpus) -> None:
 
 
 def splits(root: str | Path) -> list[str]:
-    """Which of the splits ``train`` and ``val`` a root of raw data has."""
+    """Which of the splits ``train`` and ``val`` a root has, of raw data or as folders that are indices."""
     found = []
     for name in ("train", "val"):
         try:
+            if (Path(root) / name / "manifest.json").is_file():
+                found.append(name)
+                continue
             discover(root, name)
         except MissingInputError:
             continue
@@ -197,6 +200,8 @@ def _index(root: Path, split: str | None, folder: Path, tokenizer: TextTokenizer
         return Index.open(root)
     if split is None and len(splits(root)) > 1:
         split = "train"
+    if split and (root / split / "manifest.json").is_file():
+        return Index.open(root / split)
     own = (
         folder
         / f"{root.name or 'data'}-{split or 'all'}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"

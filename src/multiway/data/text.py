@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -68,9 +69,9 @@ def sanitize(text: str, *, max_chars: int = MAX_CHARS) -> tuple[str, tuple[str, 
     return text, tuple(notes)
 
 
-def framed(ids: np.ndarray, bos: int | None, eos: int, longest: int) -> np.ndarray:
-    """``<s> ids </s>`` as int64, cut so that it has at most ``longest`` ids; bos: None = without."""
-    start = () if bos is None else (bos,)
+def framed(ids: np.ndarray, bos: int, eos: int, longest: int) -> np.ndarray:
+    """``<s> ids </s>`` as int64, cut so that it has at most ``longest`` ids; bos: -1 = without."""
+    start = () if bos < 0 else (bos,)
     return np.concatenate([start, ids[: longest - len(start) - 1], (eos,)]).astype(np.int64)
 
 
@@ -78,7 +79,7 @@ class TextTokenizer:
     """Text to ids and back: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, pieces, ``<mask>`` last.
 
     No text ever becomes a special id other than ``<unk>``: what spells one is read as ordinary characters.
-    ``bos pad eos unk hide``: the special ids, None where it has none; ``words``: first and one past the last id of
+    ``bos pad eos unk hide``: the special ids, -1 where it has none; ``words``: first and one past the last id of
     ordinary pieces; ``vocab``: number of ids; ``hash``: sha256 of its JSON. Tokenizers of CLIP and SigLIP have their
     own special ids, `OTHERS`.
 
@@ -87,23 +88,19 @@ class TextTokenizer:
     Source: ids as XLM-R and BEiT-3 have them.
     """
 
-    bos: int | None
-    pad: int
-    eos: int
-    unk: int
-    hide: int | None
-
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.vocab: int = tokenizer.get_vocab_size()
-        every = {token: tokenizer.token_to_id(token) for names in (OURS, *OTHERS) for token in names.values()}
+        every: dict[str, Any] = {
+            token: tokenizer.token_to_id(token) for names in (OURS, *OTHERS) for token in names.values()
+        }
         names = next((names for names in (OURS, *OTHERS) if None not in map(every.get, names.values())), OURS)
         if names is OURS or ("bos" not in names and every["<s>"] is not None):
             expected = {**{token: i for i, token in enumerate(SPECIALS)}, HIDE: self.vocab - 1}
             found = {token: every[token] for token in expected}
             if found != expected:
                 raise DataError(f"tokenizer has the special ids {found}, expected {expected}: convert it first")
-        ids = {name: every[token] for name, token in names.items()}
-        self.bos, self.pad, self.eos, self.unk, self.hide = (ids.get(name) for name in OURS)  # type: ignore[assignment]
+        ids: dict[str, int] = {name: every[token] for name, token in names.items()}
+        self.bos, self.pad, self.eos, self.unk, self.hide = (ids.get(name, -1) for name in OURS)
         self._special = sorted(set(ids.values()))
         gaps = itertools.pairwise([-1, *self._special, self.vocab])
         before, stop = max(gaps, key=lambda gap: gap[1] - gap[0])

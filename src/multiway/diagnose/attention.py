@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from multiway.diagnose.inputs import Pictures, open_models, open_pictures
-from multiway.diagnose.page import Ink, Report, facts, number, paragraph, section, table, tiles
+from multiway.diagnose.page import Ink, Report, facts, from_zero, number, paragraph, section, table, tiles
 from multiway.errors import ConfigError
 from multiway.metrics.attention import HeadStatistics, head_statistics
 from multiway.nn.attention import Attention, SelfAttention, attend_by_gemm
@@ -85,8 +85,8 @@ def run(
         }),
     )  # fmt: skip
     lead = (
-        f"Attention of {' and '.join(found)} on {len(pictures)} pictures: how far heads look, how evenly, and how much "
-        "the heads of a layer differ."
+        f"Attention of {escape(' and '.join(found))} on {len(pictures)} pictures: how far heads look, how evenly, and "
+        "how much the heads of a layer differ."
     )
     own = [f"{name}: {layers[0]['distance'].mean():.1f} px in the first layer, {layers[-1]['distance'].mean():.1f} px "
            "in the last" for name, layers in found.items()]  # fmt: skip
@@ -198,7 +198,7 @@ def ends(name: str, layers: list[dict[str, Any]], several: bool) -> list[tuple[s
     """Tiles of the first and the last layer."""
     found = []
     for where, layer in (("first", layers[0]), ("last", layers[-1])):
-        title = f"{name}, {where} layer" if several else f"distance in the {where} layer"
+        title = f"{escape(name)}, {where} layer" if several else f"distance in the {where} layer"
         note = f"looking everywhere alike: {layer['uniform_distance']:.1f} px"
         found.append((title, f"{layer['distance'].mean():.1f} <small>px</small>", note))
     return found
@@ -247,7 +247,8 @@ def diversity_section(report: Report, found: Found) -> str:
             for colour, (model, layers) in zip(ink.series, found.items(), strict=False):
                 x = np.arange(1, len(layers) + 1)
                 axes.plot(x, [layer[name] for layer in layers], "o-", ms=5, color=colour, label=model)
-            axes.set(title=label, xlabel="layer", ylim=(0, None))
+            axes.set(title=label, xlabel="layer")
+            from_zero(axes)
             axes.xaxis.get_major_locator().set_params(integer=True)
         if len(found) > 1:
             figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
@@ -279,7 +280,8 @@ def dots(axes: Any, ink: Ink, found: Found, name: str) -> None:
             lw=1.2,
             color=colour if len(found) > 1 else ink.soft,
         )
-    axes.set(xlabel="layer", ylim=(0, None))
+    axes.set(xlabel="layer")
+    from_zero(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(found) > 1:
         axes.figure.legend(loc="outside upper left")

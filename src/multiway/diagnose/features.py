@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multiway.diagnose.inputs import BATCH, RANDOM, Pictures, open_models, open_pictures
-from multiway.diagnose.page import Ink, Report, facts, logarithmic, number, paragraph, section, table, tiles
+from multiway.diagnose.page import Ink, Report, facts, from_zero, logarithmic, number, paragraph, section, table, tiles
 from multiway.errors import ConfigError
 from multiway.metrics.cka import FEWEST, cka, gram, hsic
 from multiway.pretrained import Pretrained
@@ -154,7 +154,7 @@ def through_layers(model: Any, images: Tensor, look: Callable[[int, Tensor], Non
 def growth(name: str, own: Mapping[str, list[float]], several: bool) -> list[tuple[str, str, str]]:
     """Tiles of how the spread grows."""
     std, first = own["std"], own.get("std at first")
-    title = f"{name}: activations" if several else "activations"
+    title = f"{escape(name)}: activations" if several else "activations"
     note = f"standard deviation, block 1 to {len(std) - 1}"
     if first:
         note += f"; before any training {number(first[1])} to {number(first[-1])}"
@@ -210,7 +210,7 @@ def spread_section(report: Report, found: Found) -> str:
         if max(values) > LOGARITHMIC * min(values) > 0:
             logarithmic(axes.yaxis)
         else:
-            axes.set(ylim=(0, None))
+            from_zero(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(loc="outside upper left")
 

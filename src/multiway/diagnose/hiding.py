@@ -34,8 +34,8 @@ PUBLISHED = {
     "SimMIM": Hiding(scheme="cells", ratio=0.6, cell=32),
     "MAE": Hiding(scheme="patches", ratio=0.75),
     "BEiT": Hiding(scheme="blocks", ratio=0.4),
-    "ablation": Hiding(scheme="square", ratio=0.6),
-    "central": Hiding(scheme="central square", ratio=0.6),
+    "square": Hiding(scheme="square", ratio=0.6),
+    "central square": Hiding(scheme="central square", ratio=0.6),
 }
 """What a strategy is compared with; the squares are SimMIM's ablation."""
 

@@ -47,9 +47,9 @@ def open_model(name: str) -> Pretrained:
 
 
 def open_models(names: Sequence[str]) -> list[Pretrained]:
-    """One or two of them. Raises ConfigError for more."""
-    if not 1 <= len(names) <= MOST:
-        raise ConfigError(f"a plot shows one model or compares {MOST}, got {len(names)}")
+    """One or two different ones. Raises ConfigError for more."""
+    if len(names) > MOST or len(set(names)) < len(names):
+        raise ConfigError(f"a plot shows one model or compares {MOST} different ones, got {', '.join(names)}")
     return [open_model(name) for name in names]
 
 

@@ -207,6 +207,11 @@ def logarithmic(axis: Any, told: Callable[[float], str] = "{:g}".format) -> None
     axis.set_ticks([], minor=True)
 
 
+def from_zero(axes: Any) -> None:
+    """Begin the vertical axis at 0, with a little room above what is drawn."""
+    axes.set_ylim(0, 1.06 * axes.dataLim.y1)
+
+
 def plain(value: Any) -> Any:
     """Figures as JSON has them: numbers that are not finite become null."""
     if isinstance(value, Mapping):

@@ -137,7 +137,7 @@ def of_runs(folders: Sequence[Path]) -> Study:
             f"{', '.join(without)} measured no held-out pictures, the other runs did: finish it, or leave it out"
         )
     kind = "training loss (no held-out pictures)" if without else "held-out loss"
-    return Study("runs", [point for _, point, _ in read], "training FLOPs", f"{kind} of {systems[0]}")
+    return Study("your runs", [point for _, point, _ in read], "training FLOPs", f"{kind} of {systems[0]}")
 
 
 def read_run(folder: Path) -> tuple[Run, Point, bool]:

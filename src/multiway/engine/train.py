@@ -306,7 +306,7 @@ class Trainer:
 
     def check_same(self, state: Mapping[str, Any], change: tuple[str, ...]) -> None:
         """Refuse to continue under other settings or data than the run was started with."""
-        different = config.differences(state["run"], config.plain(self.run))
+        different = config.differences(config.completed(state["run"], self.run), config.plain(self.run))
         refused = {k: v for k, v in different.items() if not _free(k) and k not in change}
         if refused:
             table = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())

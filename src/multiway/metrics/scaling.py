@@ -10,11 +10,11 @@ import numpy as np
 FEWEST = 4
 """Points a fit of three numbers needs at least, so that something is left to judge it by."""
 
-EXPONENTS = np.geomspace(0.01, 3.0, 120)
+EXPONENTS = np.geomspace(0.01, 3.0, 60)
 """That are tried first."""
-REFINEMENTS, FINER = 4, 21
+REFINEMENTS, FINER = 5, 11
 """How often exponents around the best are tried, and how many."""
-ROUNDS = 20
+ROUNDS = 12
 """Of reweighting, by which large residuals count less."""
 HUBER, TYPICAL = 1.345, 1.4826
 """Standard deviations beyond which a residual is large; standard deviation over median absolute one, if normal."""

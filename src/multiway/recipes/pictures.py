@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,7 +195,7 @@ def build(
     """
     data = run.data
     tuning = isinstance(run.objective, Classify)
-    corpus = digit_corpus(run.seed) if data.root is None else open_corpus(data, out / "index")
+    corpus = digit_corpus(run.seed) if data.root is None else open_pictures(data, out / "index")
     if tuning:
         require_labels(corpus)
         run = dataclasses.replace(run, model=named_classes(run.model, corpus))
@@ -209,9 +210,12 @@ def build(
         start_from(model, run.init)
     stored: Mapping[str, Sequence[StoredViews | None]] = {}
     data_hash = corpus.hash
-    if tokenizer is not None:
+    if isinstance(run.objective, Distil):
+        data_hash += pretrained.load(run.objective.teacher).fingerprint
+    elif tokenizer is not None:
         made, identity = tokenizer(run, corpus, view, out)
         objective.tokenizer = made  # type: ignore[assignment]
+        data_hash += identity
         if run.objective.views:
             stored, views_hash = stored_views(
                 corpus, made, identity, {"image": view}, each=run.objective.views, seed=run.seed, out=out,
@@ -247,6 +251,18 @@ def build(
     )  # fmt: skip
 
 
+def open_pictures(data: Data, folder: Path, split: str | None = None) -> Corpus:
+    """As `open_corpus`; pictures with captions are pictures, too, because nothing here reads the captions."""
+    corpus = open_corpus(data, folder, split)
+    shares: dict[Any, float] = {}
+    for kind in ("image", "pair"):
+        shares |= zip(corpus.sources[kind], corpus.weights[kind] or repeat(1.0), strict=False)
+    weights = list(shares.values()) if data.more else None
+    return dataclasses.replace(
+        corpus, sources={**corpus.sources, "image": list(shares)}, weights={**corpus.weights, "image": weights}
+    )
+
+
 def no_words() -> Words:
     """A vocabulary of nothing."""
     return Words(bos=0, eos=0, mask_id=0, first=0, stop=0, longest=0, window=0)
@@ -268,7 +284,7 @@ def val_corpus(run: Run, out: Path) -> Corpus | None:
     if run.data.root is None:
         return digit_corpus(run.seed, held_out=True)
     if run.data.split is None and "val" in splits(run.data.root):
-        return open_corpus(dataclasses.replace(run.data, more={}), out / "index", split="val")
+        return open_pictures(dataclasses.replace(run.data, more={}), out / "index", split="val")
     return None
 
 

@@ -525,7 +525,7 @@ class MaskedAndContrast(MaskedDataModeling):
     within one short run. Batches come from a collate with ``contrast``; further term: ``contrast``.
     """
 
-    splittable: ClassVar[bool] = False
+    splittable: bool = False
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """The masked terms', and the number of pairs contrasted."""

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +76,12 @@ class Config:
             raise ConfigError(f"a ResNet has 4 stages, patch {STRIDE} and an even dim, got {self}")
 
 
-def _text(dim: int, depth: int = 12) -> dict[str, int]:
+def _text(dim: int, depth: int = 12) -> dict[str, Any]:
     """A published text tower: heads of 64."""
     return {"text_dim": dim, "text_depth": depth, "text_heads": dim // 64, "text_hidden": 4 * dim}
 
 
-_LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096, "patch": 14, "out": 768, **_text(768)}
+_LARGE: dict[str, Any] = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096, "patch": 14, "out": 768, **_text(768)}
 _RESNETS = {
     "clip_resnet50_224": ((3, 4, 6, 3), 64, 1024, 512),
     "clip_resnet101_224": ((3, 4, 23, 3), 64, 512, 512),

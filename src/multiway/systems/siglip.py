@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +64,13 @@ class Config:
         check_shape("SigLIP", self)
 
 
-_LARGE = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
-_SO400M = {"dim": 1152, "depth": 27, "heads": 16, "hidden": 4304, "patch": 14}
+_LARGE: dict[str, Any] = {"dim": 1024, "depth": 24, "heads": 16, "hidden": 4096}
+_SO400M: dict[str, Any] = {"dim": 1152, "depth": 27, "heads": 16, "hidden": 4304, "patch": 14}
 
 # The released sizes on English WebLI. Tiny is ours, for CPUs.
 PRESETS: Mapping[str, Config] = {
     "siglip_tiny_patch8_64": Config(
-        dim=128, depth=3, heads=4, hidden=512, patch=8, image_px=64, text_tokens=64, vocab=512
+        dim=128, depth=3, heads=4, hidden=512, patch=8, image_px=64, text_tokens=32, vocab=512
     ),
     "siglip_base_patch16_224": Config(),
     "siglip_base_patch16_256": Config(image_px=256),
@@ -175,7 +175,7 @@ class SigLIP(DualModel):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Xavier's uniform weights in blocks, tables and patches by width, as big_vision; score 10 cos - 10 at first."""
+        """Xavier's uniform weights in blocks, tables and patches by width (big_vision); score 10 cos - 10 at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

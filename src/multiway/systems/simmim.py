@@ -179,7 +179,7 @@ class MaskedImageModeling(Objective):
         if not model.config.masked:
             raise ConfigError("this SimMIM has nothing that predicts pixels: set model.masked to true")
         self.model = model
-        self.splittable = model.config.encoder != "resnet"  # type: ignore[misc]
+        self.splittable = model.config.encoder != "resnet"
 
     def init_weights(self) -> None:
         """Initialise the model."""

@@ -30,7 +30,7 @@ LONGEST, BEAMS, LENGTH_PENALTY = 32, 3, 0.6
 """Tokens of a caption with ``<s>`` and ``</s>``, and how it is searched for (masked.md 6.3)."""
 
 CANDIDATES = 3
-"""Continuations looked at in every step, per beam."""
+"""Continuations looked at in every step, per beam: more than enough, since only one of a beam's is its end."""
 
 BINS, BINS_PER_NAT = 4096, 128
 """Of the histogram of token losses, for their quantile: up to 32 nats."""
@@ -121,8 +121,9 @@ def beam_search(
 
     ``start``: int64 (B,), the first tokens; ``longest``: of a text, with both. The score is the sum of the words'
     log-probabilities, that of ``eos`` too, over (their number, with ``start`` and without ``eos``) ** length_penalty. A
-    beam ends with ``eos``, or when ``longest`` - 3 words stand there, whatever comes next; a picture is done when no
-    running beam can be better than the best that ended. One beam without length penalty takes the best word each time.
+    beam ends with ``eos``, or when ``longest`` - 3 words stand there, whatever comes next; the search ends when for no
+    picture a running beam can become better than the best that ended. One beam without length penalty takes the best
+    word each time.
 
     Raises NumericsError when scores are not finite. Source: masked.md 6.3.
     """
@@ -131,23 +132,20 @@ def beam_search(
     sums[:, 0] = 0.0  # all beams are the same at first
     best = sums.new_full((len(start),), -math.inf)
     result = start.new_full((len(start), longest), eos)
-    done = torch.zeros_like(start, dtype=torch.bool)
     parent = None
     for length in range(1, longest - 1):
         logits = advance(texts[..., -1], parent).float()
         vocab = logits.shape[2]
-        found, place = (
-            (sums[..., None] + logits.log_softmax(-1)).flatten(1).topk(min(CANDIDATES * beams, beams * vocab))
-        )
+        total = (sums[..., None] + logits.log_softmax(-1)).flatten(1)
+        found, place = total.topk(min(CANDIDATES * beams, beams * vocab))
         parent, word = place // vocab, place % vocab
-        done |= best >= found[:, 0] / (longest - 1) ** length_penalty
-        if done.all():
+        if (best >= found[:, 0] / (longest - 1) ** length_penalty).all():
             break
 
         # Candidates are taken, the best first, until as many as there are beams go on.
         ends = (word == eos) | (length + 2 == longest)
         taken = (~ends).cumsum(1) - (~ends).long() < beams
-        ended = ends & taken & ~done[:, None]
+        ended = ends & taken
         first = ended.int().argmax(1, keepdim=True)
         score = found.gather(1, first)[:, 0] / length**length_penalty
         better = ended.any(1) & (score > best)

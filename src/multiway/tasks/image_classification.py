@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multiway.errors import ConfigError
 from multiway.metrics.accuracy import top1, topk
@@ -35,6 +35,7 @@ class ImageClassification(Objective):
             raise ConfigError(f"{type(model).__name__} has no classifier: set model.classes to the number of classes")
         self.model = model
         self.smoothing = smoothing
+        self.splittable = not any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
 
     def init_weights(self) -> None:
         """Initialise the model."""

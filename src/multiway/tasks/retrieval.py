@@ -28,7 +28,7 @@ class ImageTextContrast(Objective):
     2021, arXiv 2101.06983). The loss and its gradients are those of the whole. Not for models with batch norms.
     """
 
-    splittable: ClassVar[bool] = False
+    splittable: bool = False
     needs: ClassVar[frozenset[frozenset[str]]] = frozenset({frozenset({"image"}), frozenset({"text"})})
 
     def __init__(self, model: nn.Module, negatives: Negatives = "gathered") -> None:

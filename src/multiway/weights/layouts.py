@@ -83,9 +83,9 @@ CLIP_BLOCK: Rules = (
 """A block of transformers' CLIP and SigLIP, either tower."""
 
 
+PACKED = re.compile(r"^(attention\.qkv|attention\.out|ffn)(?=\.)")
+
+
 def packed(rules: Rules) -> Rules:
     """The rules of a block for one over packed rows, whose parts are `Multiway` with one expert."""
     return tuple((PACKED.sub(r"\1.experts.shared", ours), *theirs) for ours, *theirs in rules)
-
-
-PACKED = re.compile(r"^(attention\.qkv|attention\.out|ffn)(?=\.)")
