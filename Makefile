@@ -48,8 +48,9 @@ lines: $(VENV)/.stamp-dev  ## count lines against the guides for size
 bench: $(VENV)/.stamp-bench  ## speed beside the originals, with floors and goals; under 15 minutes on two cores
 	$(PY) benchmarks/table.py --quick
 
-bench-full: $(VENV)/.stamp-bench  ## the same with every row at full size
+bench-full: $(VENV)/.stamp-bench  ## the same with every row at full size, and vision beside transformers
 	$(PY) benchmarks/table.py --full
+	$(PY) -W ignore benchmarks/vision.py
 
 study: $(VENV)/.stamp-dev  ## what masked pre-training does for contrast at equal compute
 	$(PY) benchmarks/study_pretraining.py

@@ -1,4 +1,4 @@
-"""Our contrastive training step beside open_clip's, or transformers' CLIP where that is not installed: the same towers,
+"""Our contrastive training step beside open_clip's and transformers' CLIP, whichever are installed: the same towers,
 weights and batch, one process, taken in turns; and the memory of a large batch with cached gradients.
 
     python benchmarks/contrastive.py --size small --clock cpu              # a busy machine: CPU seconds of one thread
@@ -6,13 +6,13 @@ weights and batch, one process, taken in turns; and the memory of a large batch 
     python benchmarks/contrastive.py --size base_patch16 --batch 256 --large-size base_patch16 --device cuda
 
 A step is forward, contrastive loss, backward; the optimiser is the same work on both sides. Captions have 9 to 20
-tokens, 14 on average; ``padded``: the peer pads them to 77, as CLIP's tokenizers do, ``longest``: to the longest of the
-batch, as careful users of transformers can. The peer is given pixels that are normalised already. Before anything is
-timed the losses must agree to 1e-4 in fp32. A figure is peer / ours, so 2 is twice as fast.
+tokens, 14 on average; ``padded``: the peer pads them to 77, as CLIP's tokenizers do and open_clip insists, ``longest``:
+to the longest of the batch, as careful users of transformers can. The peer is given pixels that are normalised already.
+Before anything is timed the losses must agree to 1e-4 in fp32. A figure is peer / ours, so 2 is twice as fast.
 
-Memory is what a step of ``--large`` pairs needs above the model at rest, gradients included, as a share of the peer's:
-of ours as it is (``plain``) and in micro-batches (``cached``), each in a process of its own. The last line is one JSON
-object.
+Memory is what a step of ``--large`` pairs needs above the model at rest, gradients included, as a share of the first
+peer's: of ours as it is (``plain``) and in micro-batches (``cached``), each in a process of its own. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from multiway.data.collate import DualCollate, Sample, Words
 from multiway.systems.clip import CLIP, LAYOUTS, PRESETS, Config
 from multiway.tasks.retrieval import ImageTextContrast
 from multiway.types import Batch, move
-from multiway.weights.rename import to_ours
+from multiway.weights.rename import to_theirs
 
 BASE, BOS, EOS = "clip_vit_base_patch32_224", 49406, 49407
 SIZES = {
@@ -58,38 +58,50 @@ SIZES = {
     "base_patch16": PRESETS["clip_vit_base_patch16_224"],
 }  # fmt: skip
 SIDES = ("reference", "plain", "cached")
-OPEN_CLIP = importlib.util.find_spec("open_clip") is not None
+PEERS = {"open_clip": ("openai", "open_clip_torch"), "transformers": ("transformers", "transformers")}
+"""Module -> our name of its layout, and its package; the first that is installed has its memory measured, too."""
+PRESENT = [name for name in PEERS if importlib.util.find_spec(name)]
 
 
-def build_peer(shape: Config, device: str) -> nn.Module:
-    """open_clip's or transformers' model with seeded weights."""
+def build_ours(shape: Config, device: str) -> ImageTextContrast:
+    """Ours with seeded weights."""
+    with torch.device(device):
+        model = CLIP(shape)
     torch.manual_seed(0)
-    if OPEN_CLIP:
-        sys.path.insert(0, str(STUBS))
-        import open_clip
+    model.init_weights()
+    return ImageTextContrast(model)
 
-        vision = {"layers": shape.depth, "width": shape.dim, "head_width": shape.dim // shape.heads}
-        vision |= {"patch_size": shape.patch, "image_size": shape.image_px, "mlp_ratio": shape.hidden / shape.dim}
-        text = {"width": shape.text_dim, "heads": shape.text_heads, "layers": shape.text_depth}
-        with torch.device(device):
-            return open_clip.CLIP(shape.out, vision, text, quick_gelu=True)
+
+def build_peer(name: str, shape: Config, ours: ImageTextContrast, device: str) -> nn.Module:
+    """A peer's model with our weights."""
+    with torch.device(device):
+        model = open_clips(shape) if name == "open_clip" else transformers(shape)
+    model.load_state_dict(to_theirs(ours.model.state_dict(), LAYOUTS[PEERS[name][0]]))
+    return model
+
+
+def open_clips(shape: Config) -> nn.Module:
+    """open_clip's model, without weights of ours yet."""
+    if "transformers" in PRESENT:
+        import transformers.models.clip.modeling_clip  # noqa: F401 - it looks for torchvision, a stub from here on
+    sys.path.insert(0, str(STUBS))
+    import open_clip
+
+    vision = {"layers": shape.depth, "width": shape.dim, "head_width": shape.dim // shape.heads}
+    vision |= {"patch_size": shape.patch, "image_size": shape.image_px, "mlp_ratio": shape.hidden / shape.dim}
+    text = {"width": shape.text_dim, "heads": shape.text_heads, "layers": shape.text_depth}
+    return open_clip.CLIP(shape.out, vision, text, quick_gelu=True)  # type: ignore[arg-type]
+
+
+def transformers(shape: Config) -> nn.Module:
+    """transformers' model, without weights of ours yet."""
     from transformers import CLIPConfig, CLIPModel
 
     text = {"hidden_size": shape.text_dim, "num_hidden_layers": shape.text_depth, "bos_token_id": BOS}
     text |= {"num_attention_heads": shape.text_heads, "intermediate_size": shape.text_hidden, "eos_token_id": EOS}
     vision = {"hidden_size": shape.dim, "num_hidden_layers": shape.depth, "num_attention_heads": shape.heads}
     vision |= {"intermediate_size": shape.hidden, "image_size": shape.image_px, "patch_size": shape.patch}
-    with torch.device(device):
-        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.out))
-
-
-def build_ours(shape: Config, peer: nn.Module, device: str) -> ImageTextContrast:
-    """Ours with the peer's weights."""
-    with torch.device(device):
-        model = CLIP(shape)
-    layout = LAYOUTS["openai" if OPEN_CLIP else "transformers"]
-    model.load_state_dict(to_ours(peer.state_dict(), layout, model.state_dict()))
-    return ImageTextContrast(model)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.out))
 
 
 def draw(shape: Config, batch: int, parts: int, device: str) -> tuple[list[Batch], Tensor]:
@@ -109,9 +121,9 @@ def draw(shape: Config, batch: int, parts: int, device: str) -> tuple[list[Batch
     return move(batches, torch.device(device)), padded.to(device)
 
 
-def peer_loss(model: Any, image: Tensor, ids: Tensor) -> Tensor:
-    """The peer's loss of normalised pictures and padded texts."""
-    if not OPEN_CLIP:
+def peer_loss(name: str, model: Any, image: Tensor, ids: Tensor) -> Tensor:
+    """A peer's loss of normalised pictures and padded texts."""
+    if name == "transformers":
         return model(input_ids=ids, pixel_values=image, return_loss=True).loss
     import open_clip
 
@@ -136,14 +148,12 @@ def step(model: nn.Module, loss: Callable[[], Tensor], dtype: str, device: str) 
 def peaks(args: argparse.Namespace) -> list[float]:
     """MB each of several steps of one side needs above the model at rest."""
     shape, [dtype] = SIZES[args.large_size], args.dtypes
-    model = build_peer(shape, args.device)
+    ours = model = build_ours(shape, args.device)
     batches, padded = draw(shape, args.large, args.micros if args.side == "cached" else 1, args.device)
-    image = torch.cat([batch["image"] for batch in batches])
+    loss = partial(our_loss, ours, batches)
     if args.side == "reference":
-        loss = partial(peer_loss, model, CLIP(shape).pixels(image), padded)
-    else:
-        model = build_ours(shape, model, args.device)
-        loss = partial(our_loss, model, batches)
+        model = build_peer(PRESENT[0], shape, ours, args.device)
+        loss = partial(peer_loss, PRESENT[0], model, ours.model.pixels(batches[0]["image"]), padded)
     measure = peak_of_cuda if args.device == "cuda" else peak_of_process
     found = []
     for _ in range(args.repeats):
@@ -165,30 +175,37 @@ def child(args: argparse.Namespace, dtype: str, side: str) -> list[float]:
 
 def compare(args: argparse.Namespace) -> None:
     """Steps and memory, in every dtype."""
-    shape = SIZES[args.size]
-    peer = build_peer(shape, args.device)
-    ours = build_ours(shape, peer, args.device)
-    [batch], padded = draw(shape, args.batch, 1, args.device)
-    image, longest = ours.model.pixels(batch["image"]), padded[:, : int((padded > 0).sum(1).max())]
-    own = partial(our_loss, ours, [batch])
-    theirs = {name: partial(peer_loss, peer, image, ids) for name, ids in (("padded", padded), ("longest", longest))}
+    if not PRESENT:
+        raise SystemExit("this benchmark needs a peer: pip install transformers")
+    shape, device = SIZES[args.size], args.device
+    ours = build_ours(shape, device)
+    peers = {name: build_peer(name, shape, ours, device) for name in PRESENT}
+    [batch], padded = draw(shape, args.batch, 1, device)
+    image, texts = ours.model.pixels(batch["image"]), {"padded": padded, "longest": padded[:, : longest_of(padded)]}
+    cases = [(name, kind) for name in PRESENT for kind in texts if (name, kind) != ("open_clip", "longest")]
+    passes = {f"{n} {kind}": (peers[n], partial(peer_loss, n, peers[n], image, texts[kind])) for n, kind in cases}
+    passes["ours"] = ours, partial(our_loss, ours, [batch])
     with torch.no_grad():
-        losses = {name: float(loss()) for name, loss in {**theirs, "ours": own}.items()}
+        losses = {name: float(loss()) for name, (_, loss) in passes.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4:
         raise SystemExit(f"the losses differ: {losses}")
     figures, facts = {}, {}
     for dtype in args.dtypes:
-        sides = {name: partial(step, peer, loss, dtype, args.device) for name, loss in theirs.items()}
-        took = take_turns({**sides, "ours": partial(step, ours, own, dtype, args.device)}, args)
-        for name in theirs:
-            figures[f"{name} {dtype}"] = ratio(took[name], took["ours"])
+        sides = {name: partial(step, model, loss, dtype, device) for name, (model, loss) in passes.items()}
+        took = take_turns(sides, args)
+        figures |= {f"{name} {dtype}": ratio(own, took["ours"]) for name, own in took.items() if name != "ours"}
         if args.large:
             found = {side: child(args, dtype, side) for side in SIDES}
             for side in SIDES[1:]:
                 figures[f"memory {side} {dtype}"] = ratio(found[side], found["reference"])
             facts[dtype] = {f"{side}_mb": round(statistics.median(values)) for side, values in found.items()}
-    package = "open_clip_torch" if OPEN_CLIP else "transformers"
-    report(args, figures, peer=f"{package} {importlib.metadata.version(package)}", losses=losses, memory=facts)
+    versions = [f"{name} {importlib.metadata.version(PEERS[name][1])}" for name in PRESENT]
+    report(args, figures, peer=", ".join(versions), losses=losses, memory=facts)
+
+
+def longest_of(padded: Tensor) -> int:
+    """Tokens of the longest text."""
+    return int((padded > 0).sum(1).max())
 
 
 def main() -> None:

@@ -7,8 +7,8 @@
 
 A step is forward, loss, backward, without the optimiser. Both sides read the same normalised pictures; of MAE and BEiT
 the same patches are hidden. Before anything is timed the losses and the gradients of the map that reads pixels must
-agree in fp32. ``time`` is reference / ours, so 2 is twice as fast; ``memory`` is ours / reference, the most a step needs
-above the model at rest, in a process of its own per side. Every row ends with a line of JSON.
+agree in fp32. ``time`` is reference / ours, so 2 is twice as fast; ``memory`` is ours / reference, the most a step
+needs above the model at rest, in a process of its own per side. Every row ends with a line of JSON.
 """
 
 from __future__ import annotations
@@ -54,19 +54,20 @@ BEIT_RATIO = 0.4
 
 @dataclass(frozen=True)
 class Row:
-    """A system's preset, as what it is trained, and samples of a step on a CPU and on a GPU.
+    """A preset of a system, as what it is trained (``classes``, ``pixels`` or ``codes``), and samples of a step on a
+    CPU and on a GPU.
 
-    ``original``: transformers' class, and our settings in its words.
+    ``original``: transformers' class; ``settings``: our config in its words; ``cut``: what ``--quick`` changes.
     """
 
+    system: str
     preset: str
     task: str
     original: str
     settings: Callable[[Any], dict[str, Any]]
     batch: int
     cuda: int
-    system: str
-    cut: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"depth": 2})
+    cut: Mapping[str, Any]
 
 
 def of_vit(shape: Any) -> dict[str, Any]:
@@ -115,18 +116,17 @@ def of_beit(shape: Any) -> dict[str, Any]:
     }
 
 
+TWO = {"depth": 2}
 STAGES = {"depths": (2, 2, 2, 2)}
+VIT, SWIN, SWIN_V2 = (f"{name}ForImageClassification" for name in ("ViT", "Swin", "Swinv2"))
+BEIT, MAE = "BeitForMaskedImageModeling", "ViTMAEForPreTraining"
 ROWS = {
-    "vit_small": Row("vit_small_patch16_224", "classes", "ViTForImageClassification", of_vit, 8, 256, "vit"),
-    "vit_base": Row("vit_base_patch16_224", "classes", "ViTForImageClassification", of_vit, 4, 128, "vit"),
-    "mae_base": Row("mae_vit_base_patch16_224", "mae", "ViTMAEForPreTraining", of_mae, 8, 256, "mae"),
-    "beit_base": Row("beit_base_patch16_224_pt22k", "codes", "BeitForMaskedImageModeling", of_beit, 4, 128, "beit"),
-    "swin_tiny": Row(
-        "swin_tiny_patch4_window7_224", "classes", "SwinForImageClassification", of_swin, 8, 128, "swin", STAGES
-    ),
-    "swin_v2_tiny": Row(
-        "swinv2_tiny_window8_256", "classes", "Swinv2ForImageClassification", of_swin, 4, 128, "swin_v2", STAGES
-    ),
+    "vit_small": Row("vit", "vit_small_patch16_224", "classes", VIT, of_vit, 8, 256, TWO),
+    "vit_base": Row("vit", "vit_base_patch16_224", "classes", VIT, of_vit, 4, 128, TWO),
+    "mae_base": Row("mae", "mae_vit_base_patch16_224", "pixels", MAE, of_mae, 8, 256, TWO),
+    "beit_base": Row("beit", "beit_base_patch16_224_pt22k", "codes", BEIT, of_beit, 4, 128, TWO),
+    "swin_tiny": Row("swin", "swin_tiny_patch4_window7_224", "classes", SWIN, of_swin, 8, 128, STAGES),
+    "swin_v2_tiny": Row("swin_v2", "swinv2_tiny_window8_256", "classes", SWIN_V2, of_swin, 4, 128, STAGES),
 }
 
 
@@ -189,7 +189,7 @@ def build_original(row: Row, shape: Any) -> nn.Module:
 
 def build_objective(row: Row, system: Any, shape: Any) -> Objective:
     """Ours, not initialised."""
-    if row.task == "mae":
+    if row.task == "pixels":
         return system.MaskedAutoencoding(system.MAE(shape))
     if row.task == "codes":
         return system.MaskedImageModeling(system.BEiT(shape), None)
@@ -218,7 +218,7 @@ def draw(row: Row, shape: Any, count: int) -> Batch:
         for i, image in enumerate(images)
     ]  # fmt: skip
     collate: Any = LabelCollate()
-    if row.task == "mae":
+    if row.task == "pixels":
         collate = PictureCollate(hide=partial(hide_patches, (side, side), 0.75), keep=True)
     if row.task == "codes":
         collate = PictureCollate(hide=partial(hide_blocks, (side, side), round(BEIT_RATIO * side**2), 16))
@@ -231,7 +231,7 @@ def as_original(row: Row, batch: Batch) -> dict[str, Tensor]:
     if row.task == "classes":
         return image | {"labels": batch["label"]}
     hide = batch["image_hide"]
-    if row.task == "mae":
+    if row.task == "pixels":
         return image | {"noise": hide + torch.linspace(0, 0.5, hide.shape[1], device=hide.device)}
     return image | {"bool_masked_pos": hide, "labels": batch["image_code"][hide]}
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -52,6 +53,30 @@ def test_every_row_is_measured():
     table = check(*rows)
     assert {line["row"] for line in table} == set(rows)
     assert not [line for line in table if line["verdict"] == "not measured"]
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
+def test_vision_systems_and_their_peers_do_the_same_step(script):
+    """Every row, its model cut to a few blocks; `check_equal` ends the run where they differ."""
+    vision = script("vision")
+    for row in vision.ROWS.values():
+        sides = vision.both(row, Namespace(quick=True, batch=1, device="cpu", compile=False))
+        assert vision.check_equal(sides).keys() == vision.TOLERANCE.keys()
+        sides["ours"].step("bf16", "cpu")
+        assert sides["ours"].first.grad.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
+def test_vision_reports_time_and_memory():
+    command = [sys.executable, str(FOLDER / "vision.py"), "--quick", "--repeats", "1", "--threads", "1"]
+    done = subprocess.run([*command, "--rows", "vit_small"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert set(figures) == {f"vit_small {dtype} {what}" for dtype in ("fp32", "bf16") for what in ("time", "memory")}
+    assert all(figure["low"] > 0 for figure in figures.values())
 
 
 def test_every_goal_names_a_script(script):

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from multiway import pretrained
 from multiway.data.hide import hide_patches
+from multiway.engine.optim import build_optimizers
 from multiway.errors import ConfigError
 from multiway.nn.patch import unpatchify
 from multiway.nn.pixels import HALF
 from multiway.nn.position import sincos_positions
+from multiway.run import Optim
 from multiway.systems.mae import LAYOUTS, MAE, PRESETS, Config, MaskedAutoencoding
 from multiway.types import Batch
 from multiway.weights.rename import to_theirs
@@ -216,3 +218,11 @@ def test_layers_are_numbered_from_the_patches(name: str, layer: int) -> None:
     model = toy()
     assert name in dict(model.named_parameters())
     assert model.layer_of(name) == layer and model.layers == 3
+
+
+def test_everything_but_vectors_decays() -> None:
+    """vision.md 4.2."""
+    model = toy()
+    groups = build_optimizers(MaskedAutoencoding(model), Optim())[0].param_groups
+    spared = {p for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert all((p in spared) == (p.ndim == 1) for p in model.parameters())

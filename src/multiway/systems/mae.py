@@ -159,6 +159,10 @@ class MAE(ImageModel):
         for part in self.placed():
             part.positions = self.fixed(part).to(part.positions)
 
+    def no_decay(self, name: str) -> bool:
+        """No matrix: positions are fixed, and the original has its tokens decay."""
+        return False
+
     def placed(self) -> list[Any]:
         """The parts that have positions: the encoder, and the decoder if there is one."""
         return [self.encoder, self.decoder] if self.config.decoder_depth else [self.encoder]
