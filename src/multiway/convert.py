@@ -94,7 +94,7 @@ class Receipt:
     unexpected: list[str] = field(default_factory=list)
 
     def show(self) -> None:
-        """Print it, long lists by their number."""
+        """Print it, long lists by their number, without what is empty."""
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
@@ -108,6 +108,8 @@ class Receipt:
                 value = f"{len(value)} names"
             if isinstance(value, dict):
                 value = [f"{key}: {own}" for key, own in value.items()]
+            if value is None or value == []:
+                continue
             table.add_row(name, escape("\n".join(map(str, value)) if isinstance(value, list) else str(value)))
         Console().print(table)
 
