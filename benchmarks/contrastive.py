@@ -107,7 +107,8 @@ def transformers(shape: Config) -> nn.Module:
 def draw(shape: Config, batch: int, parts: int, device: str) -> tuple[list[Batch], Tensor]:
     """Pairs as our batches in so many parts, and their texts padded to 77; always the same ones."""
     generator = torch.Generator().manual_seed(1)
-    px, patches = shape.image_px, shape.image_px // shape.patch  # type: ignore[operator]
+    assert isinstance(shape.image_px, int), "all sizes here are square"
+    px, patches = shape.image_px, shape.image_px // shape.patch
     pixels = torch.randint(0, 256, (batch, 3, px, px), generator=generator, dtype=torch.uint8)
     padded = torch.zeros(batch, shape.text_tokens, dtype=torch.int64)
     samples = []

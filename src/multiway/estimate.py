@@ -104,7 +104,9 @@ def estimate(
     room = memory or device.memory
     stage = Stage(run, assemble, tokens or {}, devices=devices, gpu=device.queued)
     if run.parallel.micro > 1 and not stage.objective.splittable:
-        raise ConfigError(f"{run.recipe} compares all samples of a step: parallel.micro must be 1")
+        raise ConfigError(
+            f"{run.recipe} compares all samples of a step, which is rehearsed whole: parallel.micro must be 1"
+        )
     step = {kind: n for kind, name in KINDS.items() if (n := getattr(run.data, name))}
     items = {kind: math.ceil(n / devices / run.parallel.micro) for kind, n in step.items()}
     micro = stage.micro(items, run.parallel.recompute)

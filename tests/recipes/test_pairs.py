@@ -115,9 +115,7 @@ def test_data_and_models_that_do_not_fit_are_refused(folder: Path, tmp_path: Pat
         ("resnet50x64", 448, 3.6e-4, (0.9, 0.999), 1e-8, 32),
     ],
 )
-def test_published_figures(
-    name: str, px: int, lr: float, betas: tuple[float, float], eps: float, epochs: int
-) -> None:
+def test_published_figures(name: str, px: int, lr: float, betas: tuple[float, float], eps: float, epochs: int) -> None:
     """masked.md 8.1 and 8.2."""
     run, _ = recipe(f"clip.{name}")
     assert (run.model.image_px, run.optim.lr, run.optim.betas, run.optim.eps) == (px, lr, betas, eps)
