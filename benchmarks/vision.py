@@ -175,6 +175,7 @@ def build_original(row: Row, shape: Any) -> nn.Module:
     """transformers' model with seeded weights, all of them random."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     family = getattr(transformers, row.original)
     settings = row.settings(shape) | {"image_size": shape.image_px}
     if shape.classes:
