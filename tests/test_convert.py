@@ -436,3 +436,23 @@ def test_a_program_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest
     path = published(tmp_path / "w.pth", made(VIT))
     receipt = convert(path, tmp_path / "out")
     assert receipt.reference == "timm is not installed: absent" and receipt.difference is None
+
+
+@pytest.mark.parity
+def test_an_mae_of_the_hub_is_compared_with_every_patch_read(tmp_path: Path) -> None:
+    """As files on the hub name it; transformers draws what it hides, here it may hide nothing."""
+    transformers = pytest.importorskip("transformers")
+    name = "mae_vit_micro_patch4_32"
+    model = made(name)
+    model.init_weights()
+    shape = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+    config = transformers.ViTMAEConfig(
+        **shape, image_size=32, patch_size=4, layer_norm_eps=1e-6, decoder_hidden_size=96, decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=3, decoder_intermediate_size=384, architectures=["ViTMAEForPreTraining"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "hub")
+    save_file(theirs(model, name, "transformers"), tmp_path / "hub" / "model.safetensors", metadata={"format": "pt"})
+    receipt = convert(tmp_path / "hub", tmp_path / "out", name=name)
+    assert receipt.reference.startswith("transformers")
+    assert receipt.difference is not None and receipt.difference < 1e-4
+    assert receipt.largest is not None and receipt.largest > 0.5

@@ -65,9 +65,17 @@ def _transformers(folder: Path, name: str, config: Any, pixels: Tensor) -> Tenso
     kind = getattr(transformers, str(kinds[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return f"transformers has no {kinds[0]}"
-    model: Any = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    found = model.eval()(pixel_values=pixels)
-    return found.logits if config.classes else found.last_hidden_state
+    model: Any = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
+    if config.classes:
+        return model(pixel_values=pixels).logits
+    base, named = model.base_model, {}
+    if hasattr(base.config, "mask_ratio"):  # MAE reads every patch, in its place
+        base.config.mask_ratio = 0.0
+        patches = (pixels.shape[2] // base.config.patch_size) * (pixels.shape[3] // base.config.patch_size)
+        named["noise"] = torch.arange(patches).float().expand(len(pixels), -1)
+    tokens = base(pixel_values=pixels, **named).last_hidden_state
+    norm = getattr(model, "layernorm", None) if base is not model else None  # of models that predict visual tokens
+    return tokens if norm is None else norm(tokens)
 
 
 if __name__ == "__main__":
