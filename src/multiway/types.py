@@ -17,7 +17,11 @@ A **batch** is a plain ``dict`` with this closed vocabulary (B images, R text to
 | `text_match` | int64 (A,) | numbers of their texts, among all texts; absent = all, in order |
 | `drop_path` | float32 (2 L, S) | uniform draws in [0, 1) per branch and sample; absent = nothing is dropped |
 | `sample` | int64 (S,) | number of each record in its kind's source, in plan order |
-| `label` | int64 (S,) | class of each sample (fine-tuning tasks) |
+| `match` | bool (A,) | of every pair that is read jointly: True = its picture and its text belong together |
+| `match_draw` | float32 (A, 2) | uniform draws in [0, 1) that choose another text and another picture for it |
+| `label` | int64 (B,) | class of each picture, text or example (fine-tuning tasks) |
+| `score` | float32 (B, C) | how right each of C answers is, in [0, 1] (visual question answering) |
+| `value` | float32 (B,) | number that is to be predicted (similarity of two texts) |
 | `erase_box` | int64 (B, 4) | top, left, height, width in pixels of the part to fill with noise; height 0 = none |
 | `erase_noise` | float32 (E,) | what fills them, N(0, 1): (3, height, width) of every box, packed in order |
 | `mix_share` | float32 (B,) | share of itself that each picture keeps, the rest is its neighbour's (2i and 2i + 1) |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ def attend_by_gemm(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
     return scores.softmax(-1) @ v
 
 
+def visible(bias: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """A float bias where a query may attend and -inf elsewhere; of one that is None, the other."""
+    if bias is None or keep is None:
+        return keep if bias is None else bias
+    return torch.where(keep, bias, float("-inf"))
+
+
 class Cache:
     """Keys and values of tokens that later ones attend to: a buffer (B, H, places, C) of each per layer.
 
@@ -117,19 +125,25 @@ class Attention(nn.Module):
         self.out = out
         self.heads = heads
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """x: (R, D) in plan order -> (R, D)."""
+    def forward(self, x: Tensor, plan: Plan, bias: Mapping[str, Tensor] | None = None) -> Tensor:
+        """x: (R, D) in plan order; bias: by kind of sample, float (H, N, N) added to the scores, None = nothing ->
+        (R, D).
+        """
         qkv = self.qkv(x, plan)  # (R, 3 D)
         parts = qkv.split([group.rows for group in plan.groups]) if len(plan.groups) > 1 else [qkv]
-        mixed = [self.among(group, part) for group, part in zip(plan.groups, parts, strict=True)]
+        mixed = [
+            self.among(group, part, None if bias is None else bias[group.kind])
+            for group, part in zip(plan.groups, parts, strict=True)
+        ]
         return self.out(torch.cat(mixed) if len(mixed) > 1 else mixed[0], plan)
 
-    def among(self, group: Group, qkv: Tensor) -> Tensor:
+    def among(self, group: Group, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention among the tokens of each sample of one kind: (rows, 3 D) -> (rows, D)."""
         if group.index is not None and group.inverse is not None:
             qkv = Pad.apply(qkv, group.index, group.inverse)  # type: ignore[assignment]  # (B N, 3 D)
         q, k, v = qkv.view(group.samples, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, C)
-        mixed = attend(q, k, v, group.keep).transpose(1, 2).reshape(group.samples * group.length, -1)  # (B N, D)
+        mixed = attend(q, k, v, visible(bias, group.keep)).transpose(1, 2)
+        mixed = mixed.reshape(group.samples * group.length, -1)  # (B N, D)
         return mixed if group.inverse is None else Unpad.apply(mixed, group.inverse)  # type: ignore[return-value]
 
     def extend(self, x: Tensor, plan: Plan, cache: Cache, layer: int, keep: Tensor | None) -> Tensor:
@@ -177,4 +191,4 @@ class SelfAttention(nn.Module):
         """The given bias and the layer's own."""
         if self.bias is None or bias is None:
             return bias if self.bias is None else self.bias()
-        return self.bias().masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else self.bias() + bias
+        return visible(self.bias(), bias) if bias.dtype == torch.bool else self.bias() + bias

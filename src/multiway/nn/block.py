@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,41 @@ def drop_path(branch: Tensor, draw: Tensor | None, rate: float, sample: Tensor) 
 
 
 class Block(nn.Module):
-    """``x + attention(x)``, then ``x + ffn(x)``; both take (rows, plan) and own their norms."""
+    """``x + attention(x)``, then ``x + ffn(x)``; both take (rows, plan) and own their norms.
 
-    def __init__(self, attention: nn.Module, ffn: nn.Module, drop_rate: float) -> None:
+    ``scale``: as in `Residual`.
+    """
+
+    def __init__(
+        self, attention: nn.Module, ffn: nn.Module, drop_rate: float, scale: tuple[int, float] | None = None
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.ffn = ffn
         self.drop_rate = drop_rate
+        self.gamma_1, self.gamma_2 = factors(scale), factors(scale)
 
-    def forward(self, x: Tensor, plan: Plan, draws: Tensor | None = None) -> Tensor:
-        """x: (R, D); draws: (2, S) of `drop_path`, for attention and FFN, or None -> (R, D)."""
+    def forward(
+        self, x: Tensor, plan: Plan, draws: Tensor | None = None, bias: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """x: (R, D); draws: (2, S) of `drop_path`, for attention and FFN, or None; bias: as `Attention` takes it ->
+        (R, D).
+        """
         first, second = (None, None) if draws is None else draws
-        x = x + drop_path(self.attention(x, plan), first, self.drop_rate, plan.sample)
-        return x + drop_path(self.ffn(x, plan), second, self.drop_rate, plan.sample)
+        branch = scaled(self.attention(x, plan, bias), self.gamma_1)
+        x = x + drop_path(branch, first, self.drop_rate, plan.sample)
+        branch = scaled(self.ffn(x, plan), self.gamma_2)
+        return x + drop_path(branch, second, self.drop_rate, plan.sample)
+
+
+def factors(scale: tuple[int, float] | None) -> nn.Parameter | None:
+    """LayerScale's factors, (width,) of one value, or None."""
+    return None if scale is None else nn.Parameter(torch.full(scale[:1], scale[1]))
+
+
+def scaled(branch: Tensor, factor: nn.Parameter | None) -> Tensor:
+    """A branch (..., D) times its factors (D,), if it has any."""
+    return branch if factor is None else branch * factor
 
 
 def skips(device: torch.device) -> bool:
@@ -74,20 +96,17 @@ class Residual(nn.Module):
         self.attention = attention
         self.ffn = ffn
         self.drop_rate = drop_rate
-        self.gamma_1 = None if scale is None else nn.Parameter(torch.full(scale[:1], scale[1]))
-        self.gamma_2 = None if scale is None else nn.Parameter(torch.full(scale[:1], scale[1]))
+        self.gamma_1, self.gamma_2 = factors(scale), factors(scale)
 
     def forward(self, x: Tensor, draws: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x: (B, ...); draws: (2, B) of `residual`, of attention and FFN, or None; bias: of attention -> x's shape."""
         first, second = (None, None) if draws is None else draws
 
         def attention(kept: Tensor) -> Tensor:
-            branch = self.attention(kept, bias)
-            return branch if self.gamma_1 is None else branch * self.gamma_1
+            return scaled(self.attention(kept, bias), self.gamma_1)
 
         def ffn(kept: Tensor) -> Tensor:
-            branch = self.ffn(kept)
-            return branch if self.gamma_2 is None else branch * self.gamma_2
+            return scaled(self.ffn(kept), self.gamma_2)
 
         x = residual(x, attention, first, self.drop_rate)
         return residual(x, ffn, second, self.drop_rate)
