@@ -43,7 +43,7 @@ class Times(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Tensor, plan: object) -> Tensor:
+    def forward(self, x: Tensor, plan: object, bias: None = None) -> Tensor:
         return x * self.factor
 
 
