@@ -55,7 +55,7 @@ class Preprocessor:
     ``image_px``: side in pixels, or height and width; ``mean``, ``std``: per RGB channel in [0, 1], what the model
     itself subtracts and divides by (stated for other programs); ``interpolation``: of the resize, always antialiased;
     ``share``: of the shorter side that is looked at, in the centre, None = the whole picture squeezed;
-    ``labels``: names of the classes of a classifier, in order; ``text_tokens``: longest text with its ``<s>`` and
+    ``labels``: names of the classes of a classifier or of the answers, in order; ``text_tokens``: longest text with its ``<s>`` and
     ``</s>``; then the tokenizer's special ids, None without one.
     """
 
@@ -91,8 +91,9 @@ class Preprocessor:
         if wrong:
             expected = {name: getattr(usual, name) for name in wrong}
             raise ConfigError(f"preprocessor says {wrong}, but the model and its tokenizer have {expected}")
-        if result.labels and len(result.labels) != shape.classes:
-            raise ConfigError(f"preprocessor: {len(result.labels)} labels, but the model has {shape.classes} classes")
+        classes = getattr(shape, "classes", 0) or getattr(shape, "answers", 0)
+        if result.labels and len(result.labels) != classes:
+            raise ConfigError(f"preprocessor: {len(result.labels)} labels, but the model has {classes} classes")
         if not 2 <= result.text_tokens <= longest:
             raise ConfigError(f"preprocessor: text_tokens is {result.text_tokens}, expected 2 to {longest}")
         if tokenizer is not None and tokenizer.vocab > getattr(shape, "vocab", tokenizer.vocab):

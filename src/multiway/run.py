@@ -14,12 +14,13 @@ class Data:
     ``split``: which split of the root; None = ``train`` where it has several. ``more``: further roots, each mixed in
     with its weight (relative to 1 for ``root``) in every kind it has. ``images``, ``texts``, ``pairs``: items of
     each kind in one optimiser step over all processes, 0 = none; where there are no pictures or texts alone, those
-    of pairs are used. ``image_scale``, ``pair_scale``: smallest share of a picture's area that a crop keeps
-    (largest: all). ``flip``: mirror half of the pictures. ``jitter``: strength of brightness, contrast and
-    saturation changes. ``interpolation``: of crops while training. ``text_tokens``: longest text of a pair, with its
-    two specials; ``window``: the same of texts alone. ``vocab``: size of the tokenizer trained on your texts when
-    ``tokenizer`` names no file. ``workers``: loader processes, 0 = inline. ``decoder``: of plain JPEGs; simplejpeg
-    (extra ``fast``) is the faster one. ``max_bad``: share of records that may be bad before the run stops (exit 65).
+    of pairs are used; ``examples``: the same, of tasks whose records have answers. ``image_scale``, ``pair_scale``:
+    smallest share of a picture's area that a crop keeps (largest: all). ``flip``: mirror half of the pictures.
+    ``jitter``: strength of brightness, contrast and saturation changes. ``interpolation``: of crops while training.
+    ``text_tokens``: longest text of a pair, with its two specials; ``window``: the same of texts alone. ``vocab``: size
+    of the tokenizer trained on your texts when ``tokenizer`` names no file. ``workers``: loader processes, 0 = inline.
+    ``decoder``: of plain JPEGs; simplejpeg (extra ``fast``) is the faster one. ``max_bad``: share of records that may
+    be bad before the run stops (exit 65).
     """
 
     root: str | None = None
@@ -28,6 +29,7 @@ class Data:
     images: int = 0
     texts: int = 0
     pairs: int = 0
+    examples: int = 0
     image_scale: float = 0.2
     pair_scale: float = 0.5
     flip: bool = True
@@ -45,8 +47,8 @@ class Data:
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW; ``matrices``: what updates the matrices of blocks, at the same rate. ``layer_decay``: factor on the rate
-    per layer from the top; ``clip``: greatest gradient norm, 0 = none; ``ema``: decay of the averaged weights, 0 =
-    none kept."""
+    per layer from the top; ``head``: factor on that of a head of answers; ``clip``: greatest gradient norm, 0 = none;
+    ``ema``: decay of the averaged weights, 0 = none kept."""
 
     lr: float = 1e-3
     matrices: Literal["adamw", "muon"] = "adamw"
@@ -54,6 +56,7 @@ class Optim:
     eps: float = 1e-6
     weight_decay: float = 0.05
     layer_decay: float = 1.0
+    head: float = 1.0
     clip: float = 3.0
     ema: float = 0.0
 

@@ -47,6 +47,8 @@ class DualModel(nn.Module):
     config: Any
     encoder: DualEncoder
     logit_scale: nn.Parameter
+    answer_head: nn.Linear
+    """Of the texts' pooled vector, where ``config.answers`` is not 0."""
 
     def pixels(self, image: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32; floats are taken as normalised."""
@@ -75,6 +77,20 @@ class DualModel(nn.Module):
         """Unit vectors (B, E) of pictures or texts; cosine is similarity."""
         tower = self.encoder.vision if modality == "image" else self.encoder.language
         return F.normalize(tower.projection(tower.pool(tokens)).float(), dim=-1)
+
+    def answer(self, plan: Plan, *, text: Tensor, image: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+        """Scores of all answers to B texts, which have no pictures: (B, answers).
+
+        plan: of texts alone; text: int64 (R,), packed; image: None, since no tower sees both; draws: (2 L, B) for
+        stochastic depth. Raises ConfigError without a head of answers.
+        """
+        if not self.config.answers or image is not None:
+            raise ConfigError(
+                f"this {type(self).__name__} answers {'texts without pictures' if self.config.answers else 'nothing'}: "
+                "tune it with a recipe such as _text first; pictures with texts need a joint encoder such as BEiT-3"
+            )
+        tower = self.encoder.language
+        return self.answer_head(tower.pool(tower(text, plan, self.own(draws, tower))))
 
     def embed_pairs(
         self, plan: Plan, *, image: Tensor, text: Tensor, keep: Tensor | None = None, draws: Tensor | None = None

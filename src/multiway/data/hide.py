@@ -95,21 +95,45 @@ def hide_square(grid: tuple[int, int], ratio: float, central: bool, rng: np.rand
 
 
 def hide_words(
-    ids: np.ndarray, ratio: float, ordinary: tuple[int, int], mask_id: int, rng: np.random.Generator
+    ids: np.ndarray,
+    ratio: float,
+    ordinary: tuple[int, int],
+    mask_id: int,
+    rng: np.random.Generator,
+    begins: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hide exactly ``max(1, round(ratio * n))`` of the n ordinary tokens of a text.
+    """Hide exactly ``max(1, round(ratio * n))`` of the n ordinary tokens of a text, or with ``begins`` whole words.
 
-    ids: int (N,); ordinary: ids in [first, stop) are words, all others are special and never hidden. Returns the
+    ids: int (N,); ordinary: ids in [first, stop) are words, all others are special and never hidden; begins: bool
+    (vocab,), True = the id begins a word, which goes on to the next that does. Words are taken in random order as long
+    as they fit into that number of tokens (BERT); where every word is longer than it, one word is hidden. Returns the
     corrupted ids (80 % of the hidden ones ``mask_id``, 10 % a random word, 10 % unchanged) and the hidden places,
     ascending; a text without words hides nothing.
     """
     words = np.flatnonzero((ids >= ordinary[0]) & (ids < ordinary[1]))
     if len(words) == 0:
         return ids, words
-    hidden = np.sort(rng.choice(words, max(1, round(ratio * len(words))), replace=False))
+    count = max(1, round(ratio * len(words)))
+    if begins is None:
+        hidden = np.sort(rng.choice(words, count, replace=False))
+    else:
+        hidden = _whole_words(words, begins[ids[words]], count, rng)
     fate = rng.random(len(hidden))
     shown = ids.copy()
     shown[hidden[fate < REPLACE]] = mask_id
     random = hidden[(fate >= REPLACE) & (fate < REPLACE + RANDOM)]
     shown[random] = rng.integers(*ordinary, size=len(random))
     return shown, hidden
+
+
+def _whole_words(places: np.ndarray, begins: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Places of random whole words, at most ``count`` of them or one word, ascending; ``begins``: of every place."""
+    apart = np.diff(places) > 1  # what follows a special token begins a word, too
+    words = np.split(places, np.flatnonzero(begins[1:] | apart) + 1)
+    order = rng.permutation(len(words))
+    chosen: list[np.ndarray] = []
+    for word in (words[i] for i in order):
+        if len(word) <= count:
+            chosen.append(word)
+            count -= len(word)
+    return np.sort(np.concatenate(chosen or [words[order[0]]]))

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from multiway.data.bpe import clip_bpe, read_merges
+from multiway.data.wordpiece import read_pieces, wordpiece
 from multiway.errors import ConfigError, DataError, MissingInputError
 
 MAX_CHARS = 100_000
@@ -28,8 +29,9 @@ OURS: Mapping[str, str] = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "
 OTHERS: Sequence[Mapping[str, str]] = (
     {"bos": "<|startoftext|>", "pad": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
     {"pad": "</s>", "eos": "</s>", "unk": "<unk>"},
+    {"bos": "[CLS]", "pad": "[PAD]", "eos": "[SEP]", "unk": "[UNK]", "hide": "[MASK]"},
 )
-"""What the special ids are called: here, and in the tokenizers of CLIP and SigLIP, which have no ``<mask>``."""
+"""What the special ids are called: here, in the tokenizers of CLIP and SigLIP, which have no ``<mask>``, and of BERT."""
 MAX_PIECE = 16  # characters, as SentencePiece
 CANDIDATES = 3  # candidate pieces for each one the vocabulary will have
 SHRINK = 0.75  # what survives one round of pruning
@@ -38,6 +40,8 @@ CHUNK = 100_000  # words segmented at once
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
+_UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+"""Scripts without spaces: Thai, Lao, kana, Chinese characters."""
 _WORD = re.compile(r"^▁<|<|▁?[^<▁]{1,64}|▁")  # words without end would take training hours
 
 
@@ -80,8 +84,9 @@ class TextTokenizer:
 
     No text ever becomes a special id other than ``<unk>``: what spells one is read as ordinary characters.
     ``bos pad eos unk hide``: the special ids, -1 where it has none; ``words``: first and one past the last id of
-    ordinary pieces; ``vocab``: number of ids; ``hash``: sha256 of its JSON. Tokenizers of CLIP and SigLIP have their
-    own special ids, `OTHERS`.
+    ordinary pieces; ``vocab``: number of ids; ``hash``: sha256 of its JSON; ``begins``: bool (vocab,), True = this
+    piece begins a word, or None where that depends on the piece before (CLIP). Tokenizers of CLIP, SigLIP and BERT have
+    their own special ids, `OTHERS`.
 
     Raises DataError when a tokenizer has other ids.
 
@@ -105,6 +110,7 @@ class TextTokenizer:
         gaps = itertools.pairwise([-1, *self._special, self.vocab])
         before, stop = max(gaps, key=lambda gap: gap[1] - gap[0])
         self.words: tuple[int, int] = before + 1, stop
+        self.begins: np.ndarray | None = _begins(tokenizer)
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -153,15 +159,16 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> TextTokenizer:
-        """Read a ``tokenizer.json``, or CLIP's merges as they were published, ``merges.txt`` or
-        ``bpe_simple_vocab_16e6.txt.gz``.
+        """Read a ``tokenizer.json``, BERT's pieces, ``vocab.txt``, or CLIP's merges as they were published,
+        ``merges.txt`` or ``bpe_simple_vocab_16e6.txt.gz``.
 
         Raises MissingInputError without the file, DataError when it is not such a file or has other special ids.
         """
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such tokenizer file, expected a tokenizer.json")
         if Path(path).suffix in (".txt", ".gz"):
-            return cls(clip_bpe(read_merges(Path(path))))
+            pieces = read_pieces(Path(path))
+            return cls(wordpiece(pieces) if pieces else clip_bpe(read_merges(Path(path))))
         try:
             return cls(Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
         except DataError as error:
@@ -194,6 +201,18 @@ class TextTokenizer:
         for special in self._special:
             ids[ids == special] = self.unk
         return ids
+
+
+def _begins(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Whether each piece begins a word; a character of a script without spaces does."""
+    model: Any = tokenizer.model
+    if getattr(model, "end_of_word_suffix", None):
+        return None
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda piece: piece[1])
+    if isinstance(model, models.WordPiece):
+        within = model.continuing_subword_prefix
+        return np.array([not piece.startswith(within) for piece, _ in pieces])
+    return np.array([piece.startswith("▁") or bool(_UNSPACED.match(piece)) for piece, _ in pieces])
 
 
 def _count_words(texts: Iterable[str]) -> Counter[str]:

@@ -98,21 +98,23 @@ def build_optimizers(objective: nn.Module, optim: Optim, precision: str = "fp32"
 
     The model says what it is made of: ``layer_of(name) -> int`` (0 = embeddings, i + 1 = block i, ``layers`` + 1 =
     the rest) and ``no_decay(name) -> bool``; parameters outside ``objective.model`` count as the rest. A group's
-    ``scale`` is ``layer_decay ** (layers + 1 - layer)``. Source: masked.md 1.6, 1.7.
+    ``scale`` is ``layer_decay ** (layers + 1 - layer)``, times ``optim.head`` in the model's ``answer_head``. Source:
+    masked.md 1.6, 1.7, 6.5.
     """
     model: Any = objective.model
     top = model.layers + 1
-    groups: dict[tuple[bool, int, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, int, bool, float], list[Tensor]] = {}
     for name, parameter in objective.named_parameters():
         inside, own = name.startswith("model."), name.removeprefix("model.")
         layer = model.layer_of(own) if inside else top
         decays = parameter.ndim > 1 and not (inside and model.no_decay(own))
         muon = optim.matrices == "muon" and parameter.ndim == 2 and 0 < layer < top
-        groups.setdefault((muon, layer if optim.layer_decay != 1 else top, decays), []).append(parameter)
+        head = optim.head if inside and own.startswith("answer_head.") else 1.0
+        groups.setdefault((muon, layer if optim.layer_decay != 1 else top, decays, head), []).append(parameter)
     described: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
-    for (muon, layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0]):
+    for (muon, layer, decays, head), parameters in sorted(groups.items(), key=lambda item: item[0]):
         decay = optim.weight_decay if decays else 0.0
-        scale = optim.layer_decay ** (top - layer)
+        scale = head * optim.layer_decay ** (top - layer)
         described[muon].append({"params": parameters, "weight_decay": decay, "scale": scale})
     built: list[Optimizer] = [AdamW(described[False], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)]
     if described[True]:

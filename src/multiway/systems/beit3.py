@@ -32,6 +32,7 @@ from multiway.errors import ConfigError
 from multiway.nn.attention import Attention, Cache
 from multiway.nn.block import Block
 from multiway.nn.ffn import FeedForward, NormLinear
+from multiway.nn.head import AnswerHead, Pooler
 from multiway.nn.linear import Linear
 from multiway.nn.multiway import Multiway
 from multiway.nn.patch import PatchEmbed
@@ -66,9 +67,10 @@ class Config:
     ``attention``: per modality (``decoupled``) or for all (``shared``); ``joint_layers``: how many top layers have a
     vision-language expert (shared only); ``masked``: carry the masked heads; ``codes``: visual vocabulary of the one of
     pictures, 0 = that of words alone; ``contrast``: carry the retrieval heads; ``classes``: of a classifier of
-    pictures, which has a norm of its own instead of the final one, 0 = none; ``mean``, ``std``: of the pixels;
-    ``share``: of the shorter side that evaluation looks at, None = the whole picture. ``init_std``: deviation of the
-    initial weights, cut at one deviation; .02 as BEiT, more for narrow models, whose signals it keeps from vanishing.
+    pictures, which has a norm of its own instead of the final one, 0 = none; ``answers``: of a head that answers texts
+    with so many ``pictures`` each (0, 1 or 2), 0 = none; ``mean``, ``std``: of the pixels; ``share``: of the shorter
+    side that evaluation looks at, None = the whole picture. ``init_std``: deviation of the initial weights, cut at one
+    deviation; .02 as BEiT, more for narrow models, whose signals it keeps from vanishing.
     """
 
     dim: int = 768
@@ -86,6 +88,8 @@ class Config:
     masked: bool = True
     contrast: bool = False
     classes: int = 0
+    answers: int = 0
+    pictures: int = 1
     mean: Colour = HALF
     std: Colour = HALF
     share: float | None = None
@@ -99,6 +103,13 @@ class Config:
             )
         if self.joint_layers and self.attention == "decoupled":
             raise ConfigError("joint_layers (vision-language experts) belong to attention='shared' (the paper's giant)")
+        if self.pictures not in (0, 1, 2):
+            raise ConfigError(f"BEiT-3 answers texts with 0, 1 or 2 pictures each, got pictures {self.pictures}")
+
+    @property
+    def own_norm(self) -> bool:
+        """Whether what is read off the tokens is normed there, instead of by a final norm (masked.md 6.3, 6.6)."""
+        return self.classes > 0 or (self.answers > 0 and self.pictures < 2)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,7 +153,7 @@ def build_encoder(config: Config) -> MultiwayTransformer:
         joint = ["pair"] if layer >= config.depth - config.joint_layers else []
         rate = config.drop_path * layer / max(1, config.depth - 1)
         blocks.append(Block(Attention(project(3 * dim), project(dim), config.heads), ffn([*MODALITIES, *joint]), rate))
-    return MultiwayTransformer(blocks, Multiway(nn.Identity, ["shared"]) if config.classes else Multiway(norm, own))
+    return MultiwayTransformer(blocks, Multiway(nn.Identity, ["shared"]) if config.own_norm else Multiway(norm, own))
 
 
 class Vision(nn.Module):
@@ -212,6 +223,11 @@ class BEiT3(nn.Module):
         if config.classes:
             self.fc_norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
             self.head = Linear(config.dim, config.classes)
+        if config.answers:
+            read = config.dim * 2 * config.pictures if config.pictures == 2 else config.dim
+            norm = nn.LayerNorm(read, eps=NORM_EPS)
+            self.pooler = norm if config.pictures == 2 else Pooler(config.dim, norm)
+            self.answer_head = AnswerHead(read, 2 * config.dim, config.answers, NORM_EPS)
 
     def forward(
         self,
@@ -277,6 +293,23 @@ class BEiT3(nn.Module):
         if not self.config.classes:
             raise ConfigError("this BEiT-3 has no classifier: tune it with a classification recipe")
         return self.head(self.pool(self.encode(image=image, draws=draws)))
+
+    def answer(self, plan: Plan, *, text: Tensor, image: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+        """Scores of all answers to B texts: (B, answers).
+
+        plan: a text with one picture, ``pictures`` times for each of the B, or without one; the rest as `forward`. Read
+        are the class token of the picture, of two pictures also ``<s>`` beside each, or ``<s>`` alone (masked.md 6.3;
+        texts without pictures are ours).
+        """
+        config = self.config
+        if not config.answers:
+            raise ConfigError("this BEiT-3 answers nothing: tune it with a recipe such as _vqa or _nlvr2 first")
+        tokens = self(plan, image=image, text=text, draws=draws)
+        if config.pictures == 2:
+            read = torch.cat([tokens.prefix("image"), tokens.prefix("text")], dim=1).view(-1, 4 * config.dim)
+        else:
+            read = tokens.prefix("image" if config.pictures else "text")
+        return self.answer_head(self.pooler(read))
 
     def embed(self, tokens: Tokens, modality: Literal["image", "text"]) -> Tensor:
         """Unit vectors (B, D) of pictures or texts that were encoded alone; cosine is similarity."""
@@ -387,6 +420,9 @@ class BEiT3(nn.Module):
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
         if self.config.classes:
             self.head.weight.mul_(CLASSIFIER_SCALE)
+        if self.config.answers and self.config.pictures == 2:
+            self.answer_head.dense.weight.mul_(CLASSIFIER_SCALE)
+            self.answer_head.out.weight.mul_(CLASSIFIER_SCALE)
 
 
 class MaskedDataModeling(Objective):
@@ -490,32 +526,49 @@ class MaskedDataModeling(Objective):
 
 _OURS, _THEIRS = "encoder.blocks.{layer}.", "beit3.encoder.layers.{layer}."
 
-LAYOUTS: Mapping[str, WeightMap] = {
-    "official": WeightMap(
-        words={"expert": {"image": "A", "text": "B"}},
-        squeezed=("logit_scale",),
-        rules=(
-            ("vision.proj.{part}", "beit3.vision_embed.proj.{part}"),
-            ("vision.{token}_token", "beit3.vision_embed.{token}_token"),
-            ("vision.positions", "beit3.encoder.embed_positions.A.weight"),
-            ("language.words.weight", "beit3.text_embed.weight"),
-            ("language.positions", "beit3.encoder.embed_positions.B.weight"),
-            (_OURS + "attention.qkv.experts.{expert}.norm.{part}", _THEIRS + "self_attn_layer_norm.{expert}.{part}"),
-            (
-                _OURS + "attention.qkv.experts.{expert}.linear.{part}",
-                *(_THEIRS + f"self_attn.{name}_proj." + "{expert}.{part}" for name in "qkv"),
-            ),
-            (_OURS + "attention.out.experts.{expert}.norm.{part}", _THEIRS + "self_attn.inner_attn_ln.{expert}.{part}"),
-            (_OURS + "attention.out.experts.{expert}.linear.{part}", _THEIRS + "self_attn.out_proj.{expert}.{part}"),
-            (_OURS + "ffn.experts.{expert}.norm.{part}", _THEIRS + "final_layer_norm.{expert}.{part}"),
-            (_OURS + "ffn.experts.{expert}.inner.{part}", _THEIRS + "ffn.{expert}.ffn_layernorm.{part}"),
-            (_OURS + "ffn.experts.{expert}.{name}.{part}", _THEIRS + "ffn.{expert}.{name}.{part}"),
-            ("encoder.norm.experts.{expert}.{part}", "beit3.encoder.layer_norm.{expert}.{part}"),
-            *((name, name) for name in ("{head}_head.{part}", "logit_scale", "fc_norm.{part}", "head.{part}")),
+_OFFICIAL = WeightMap(
+    words={"expert": {"image": "A", "text": "B"}},
+    squeezed=("logit_scale",),
+    rules=(
+        ("vision.proj.{part}", "beit3.vision_embed.proj.{part}"),
+        ("vision.{token}_token", "beit3.vision_embed.{token}_token"),
+        ("vision.positions", "beit3.encoder.embed_positions.A.weight"),
+        ("language.words.weight", "beit3.text_embed.weight"),
+        ("language.positions", "beit3.encoder.embed_positions.B.weight"),
+        (_OURS + "attention.qkv.experts.{expert}.norm.{part}", _THEIRS + "self_attn_layer_norm.{expert}.{part}"),
+        (
+            _OURS + "attention.qkv.experts.{expert}.linear.{part}",
+            *(_THEIRS + f"self_attn.{name}_proj." + "{expert}.{part}" for name in "qkv"),
         ),
+        (_OURS + "attention.out.experts.{expert}.norm.{part}", _THEIRS + "self_attn.inner_attn_ln.{expert}.{part}"),
+        (_OURS + "attention.out.experts.{expert}.linear.{part}", _THEIRS + "self_attn.out_proj.{expert}.{part}"),
+        (_OURS + "ffn.experts.{expert}.norm.{part}", _THEIRS + "final_layer_norm.{expert}.{part}"),
+        (_OURS + "ffn.experts.{expert}.inner.{part}", _THEIRS + "ffn.{expert}.ffn_layernorm.{part}"),
+        (_OURS + "ffn.experts.{expert}.{name}.{part}", _THEIRS + "ffn.{expert}.{name}.{part}"),
+        ("encoder.norm.experts.{expert}.{part}", "beit3.encoder.layer_norm.{expert}.{part}"),
+        *((name, name) for name in ("{head}_head.{part}", "logit_scale", "fc_norm.{part}", "head.{part}")),
     ),
+)
+_VQA = (
+    ("pooler.{name}.{part}", "pooler.{name}.{part}"),
+    ("answer_head.dense.{part}", "head.0.{part}"),
+    ("answer_head.norm.{part}", "head.1.{part}"),
+    ("answer_head.out.{part}", "head.3.{part}"),
+)
+_NLVR2 = (
+    ("pooler.{part}", "head.norm1.{part}"),
+    ("answer_head.dense.{part}", "head.dense1.{part}"),
+    ("answer_head.norm.{part}", "head.norm2.{part}"),
+    ("answer_head.out.{part}", "head.dense2.{part}"),
+)
+
+LAYOUTS: Mapping[str, WeightMap] = {
+    "official": dataclasses.replace(_OFFICIAL, rules=(*_OFFICIAL.rules, *_VQA)),
+    "official_nlvr2": dataclasses.replace(_OFFICIAL, rules=(*_OFFICIAL.rules, *_NLVR2)),
 }
-"""Names in the released files, which are torchscale's behind "beit3."; the shared variant was never released."""
+"""Names in the released files, which are torchscale's behind "beit3."; the shared variant was never released. Heads of
+two pictures have other names than those of one.
+"""
 
 
 class MaskedAndContrast(MaskedDataModeling):

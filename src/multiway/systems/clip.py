@@ -44,6 +44,7 @@ class Config:
     ViT; with ``stages``, the bottlenecks of its four stages, a ResNet whose stem is ``dim`` wide instead, and ``patch``
     is its stride. Texts: the same with ``text_``; ``text_tokens``: longest text with its two specials. ``activation``:
     belongs to the weights, OpenAI's are ``quick_gelu``; ``drop_path``: rate of the last block of each transformer;
+    ``answers``: of a head that answers texts, 0 = none;
     ``mean``, ``std``: of the pixels; ``share``: of the shorter side that evaluation looks at.
     """
 
@@ -63,6 +64,7 @@ class Config:
     vocab: int = 49408
     activation: Activation = "quick_gelu"
     drop_path: float = 0.0
+    answers: int = 0
     mean: Colour = CLIP_MEAN
     std: Colour = CLIP_STD
     share: float = 1.0
@@ -193,6 +195,8 @@ class CLIP(DualModel):
         self.config = config
         self.encoder = DualEncoder(build_vision(config), build_language(config))
         self.logit_scale = nn.Parameter(torch.full((1,), FIRST_LOGIT_SCALE))
+        if config.answers:
+            self.answer_head = Linear(config.text_dim, config.answers)
 
     @torch.no_grad()
     def limit_temperature(self) -> None:
@@ -205,6 +209,9 @@ class CLIP(DualModel):
         self.encoder.vision.init_weights()
         self.encoder.language.init_weights()
         nn.init.constant_(self.logit_scale, FIRST_LOGIT_SCALE)
+        if self.config.answers:
+            nn.init.normal_(self.answer_head.weight, std=0.02)
+            nn.init.zeros_(self.answer_head.bias)
 
 
 _TRUNK, _LANGUAGE = "encoder.vision.trunk.", "encoder.language."

@@ -55,6 +55,7 @@ class Config:
     image_px: int | tuple[int, int] = 224
     text_tokens: int = 64
     vocab: int = 32000
+    answers: int = 0
     fill: int = 1
     drop_path: float = 0.0
     mean: Colour = HALF
@@ -168,6 +169,8 @@ class SigLIP(DualModel):
         self.encoder = DualEncoder(Vision(trunk, config.heads, config.hidden), Language(config))
         self.logit_scale = nn.Parameter(torch.full((1,), FIRST_LOGIT_SCALE))
         self.logit_bias = nn.Parameter(torch.full((1,), FIRST_LOGIT_BIAS))
+        if config.answers:
+            self.answer_head = Linear(config.dim, config.answers)
 
     def bias(self) -> Tensor:
         """What is added to scores, learned: (1,)."""
