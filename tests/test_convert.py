@@ -324,7 +324,7 @@ def test_configs_that_make_no_sense_are_refused(config: dict, tmp_path: Path) ->
 
 
 def test_of_a_hub_model_only_what_is_needed_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights as safetensors, and only where there are none the older files."""
+    """Weights in one form: safetensors, and only where there are none the older files."""
     model, asked = made(VIT), []
     (tmp_path / "snapshot").mkdir()
 
@@ -338,7 +338,11 @@ def test_of_a_hub_model_only_what_is_needed_is_fetched(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     receipt = convert("somebody/vit", tmp_path / "out", name=VIT, reference="none")
     assert [file["name"] for file in receipt.files] == ["pytorch_model.bin"] and receipt.source == "somebody/vit"
-    assert len(asked) == 2 and not any("bin" in pattern for pattern in asked[0])
+    assert [[pattern for pattern in own if "model*" in pattern] for own in asked] == [
+        ["open_clip_model*.safetensors"], ["model*.safetensors"], ["open_clip_pytorch_model*.bin"],
+        ["pytorch_model*.bin"],
+    ]  # fmt: skip
+    assert all({"open_clip_config.json", "config.json", "tokenizer.json", "merges.txt"} <= set(own) for own in asked)
     same(load(tmp_path / "out").model, model)
 
 
@@ -350,7 +354,7 @@ def test_wrong_names_are_told(tmp_path: Path) -> None:
         convert(path, tmp_path / "out", name=VIT, layout="keras")
     with pytest.raises(MissingInputError, match="nowhere.pth"):
         convert(tmp_path / "nowhere.pth", tmp_path / "out")
-    with pytest.raises(MissingInputError, match="no folder with model.safetensors or pytorch_model.bin"):
+    with pytest.raises(MissingInputError, match="no folder with open_clip_model.safetensors, .* or pytorch_model.bin"):
         (tmp_path / "empty").mkdir()
         convert(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "taken").write_text("a file")

@@ -16,6 +16,11 @@ from multiway.errors import ConfigError, MultiwayError
 WITH_SETTINGS = ("train", "show", "plan")
 """Commands that take every setting of a run as an option."""
 
+QUESTIONS = ("vqa", "nlvr2", "entailment", "text_classification")
+"""Tasks whose data are examples with answers."""
+
+PROMPTS = "templates: photos, symbols, satellite, digits, textures, or a file with one a line, {} for the name"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit codes are those of `multiway.errors`."""
@@ -86,25 +91,52 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--task",
         required=True,
-        choices=("retrieval", "captioning", "zero_shot", "image_classification", "linear_probe"),
+        choices=("retrieval", "captioning", "zero_shot", "image_classification", "linear_probe", *QUESTIONS),
     )
     own.add_argument(
-        "--data", help="pictures with captions (retrieval, captioning) or in folders by class; none = embedded scenes"
+        "--data",
+        help="pictures with captions (retrieval, captioning), in folders by class, or examples with answers; "
+        "none = embedded scenes",
     )
     own.add_argument("--split", help="which split of the data")
     own.add_argument(
         "--prompt", action="append", help="zero_shot: a template such as 'a photo of a {}'; may be repeated"
     )
-
+    own.add_argument("--prompts", metavar="SET|FILE", help=f"zero_shot: {PROMPTS}")
+    own.add_argument(
+        "--classes", metavar="FILE", help="zero_shot: names of classes, JSON {folder: name} or a line each in order"
+    )
+    own.add_argument(
+        "--rerank", nargs="?", const="", metavar="MODEL",
+        help="retrieval: a model that reads picture and text together orders the nearest anew; default: the same model",
+    )  # fmt: skip
+    own.add_argument("--top", type=int, default=32, help="retrieval: how many of the nearest are re-ranked")
     own.add_argument(
         "--unit", choices=("words", "characters"), default="words", help="captioning: characters for Chinese"
     )
-    own.add_argument("--predictions", metavar="FILE", help="captioning: write the captions as COCO's scorer reads them")
+    own.add_argument("--set", metavar="NAME", default="", help="text_classification: the set of GLUE that the data are")
+    own.add_argument(
+        "--predictions", metavar="FILE", help="write captions or answers as the official scorer reads them"
+    )
+
+    own = command("answer", answer, "answer a question about pictures, or classify texts, with a model tuned to it")
+    own.add_argument("model", help="a model folder, a run folder, or a hub id")
+    own.add_argument("text")
+    own.add_argument("picture", nargs="*", help="as many as the model reads with every text")
+    own.add_argument("--second", metavar="TEXT", help="a second text, where the model was tuned to pairs of them")
+    own.add_argument("-k", type=int, default=5, help="how many answers are printed")
 
     own = command("caption", caption, "say what is in pictures")
     own.add_argument("model", help="a model folder, a run folder, or a hub id")
     own.add_argument("picture", nargs="+")
     own.add_argument("--beams", type=int, default=3)
+
+    own = command("classify", classify, "name pictures: by a model's own classes, or by any that you say")
+    own.add_argument("model", help="a model folder, a run folder, or a hub id")
+    own.add_argument("picture", nargs="+")
+    own.add_argument("--classes", metavar="A,B,...", help="any names, for models that compare pictures and texts")
+    own.add_argument("--prompts", metavar="SET|FILE", help=PROMPTS)
+    own.add_argument("-k", type=int, default=5, help="how many names of each picture are printed")
 
     own = command("convert", convert, "turn published weights into a model folder, with a receipt")
     own.add_argument("source", help="a file (safetensors, .npz, .pth), a folder with one, or a hub id")
@@ -273,11 +305,21 @@ def plan(given: argparse.Namespace) -> None:
 
 def evaluate(given: argparse.Namespace) -> None:
     """Figures of one task as JSON."""
-    from multiway.evaluation import evaluate_model
+    if given.task in QUESTIONS:
+        from multiway.answers import evaluate as work
 
+        print(
+            json.dumps(work(given.model, given.task, given.data, given.split, given.set, given.predictions), indent=2)
+        )
+        return
+    from multiway.evaluation import evaluate_model
+    from multiway.tasks.prompts import templates
+
+    prompts = [*(given.prompt or ()), *(templates(given.prompts) if given.prompts else ())]
     figures = evaluate_model(
-        given.model, given.task, given.data, given.split, given.prompt, given.unit, given.predictions
-    )
+        given.model, given.task, given.data, given.split, prompts, given.unit, given.predictions,
+        classes=given.classes, rerank=given.model if given.rerank == "" else given.rerank, top=given.top,
+    )  # fmt: skip
     print(json.dumps(figures, indent=2))
 
 
@@ -289,6 +331,46 @@ def caption(given: argparse.Namespace) -> None:
     found = captions(pretrained.load(given.model), given.picture, beams=given.beams)
     for name, text in zip(given.picture, found, strict=True):
         print(f"{name}\t{text}")
+
+
+def answer(given: argparse.Namespace) -> None:
+    """The likeliest answers, a line each."""
+    from multiway import pretrained
+    from multiway.answers import VALUE
+    from multiway.answers import answer as work
+
+    model = pretrained.load(given.model)
+    asked = given.text if given.second is None else (given.text, given.second)
+    found = work(model, [asked], [given.picture])[0]
+    labels = model.preprocessor.labels
+    if labels == [VALUE]:
+        print(f"{float(found):.3f}")
+        return
+    values, places = found.topk(min(max(1, given.k), len(labels)))
+    for value, place in zip(values.tolist(), places.tolist(), strict=True):
+        print(f"{value:6.1%}  {labels[place]}")
+
+
+def classify(given: argparse.Namespace) -> None:
+    """The likeliest names of each picture, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from multiway import pretrained
+    from multiway.evaluation import classify as work
+    from multiway.tasks.prompts import BARE, templates
+
+    if given.k < 1 or (given.prompts and not given.classes):
+        raise ConfigError("classify prints -k 1 or more names, and --prompts describe those in --classes A,B,...")
+    classes = [name.strip() for name in given.classes.split(",") if name.strip()] if given.classes else []
+    prompts = templates(given.prompts) if given.prompts else (BARE,)
+    names, found = work(pretrained.load(given.model), given.picture, classes, prompts)
+    table = Table("picture", "class", "probability")
+    for picture, own in zip(given.picture, found, strict=True):
+        values, places = own.topk(min(given.k, len(names)))
+        for n, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+            table.add_row("" if n else picture, names[place], f"{value:.1%}", end_section=n + 1 == len(values))
+    Console().print(table)
 
 
 def convert(given: argparse.Namespace) -> None:

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from multiway import __version__
-from multiway import config as settings
-from multiway.data.records import parse_json
-from multiway.errors import ConfigError, ConversionError, RecordError, WriteError
+from multiway.data.text import TextTokenizer
+from multiway.errors import ConfigError, ConversionError, DataError, WriteError
 from multiway.models import blank, presets
 from multiway.nn.pixels import Size
-from multiway.pretrained import save_pretrained
+from multiway.pretrained import Preprocessor, save_pretrained
 from multiway.published import Match, adopt, aligned, located_weights, matches, read
+from multiway.told import CONFIG, named, read_told, tokenizer_in
 from multiway.weights.io import write, write_weights
 from multiway.weights.rename import to_theirs
 from multiway.weights.untrusted import Published
@@ -33,8 +33,6 @@ from multiway.weights.untrusted import Published
 RECEIPT = "receipt.json"
 CHUNK = 2**20
 REFERENCE_SECONDS = 600
-MAX_CONFIG = 2**24
-"""Longest config beside weights, in bytes."""
 
 LICENSES: Mapping[str, str] = {
     "vit": "apache-2.0",
@@ -56,7 +54,7 @@ LICENSES: Mapping[str, str] = {
 the card says "other".
 """
 
-Program = Literal["auto", "timm", "transformers", "none"]
+Program = Literal["auto", "timm", "transformers", "open_clip", "none"]
 """The original to compare with; "auto": the one whose layout the weights are in, else another that is installed."""
 
 
@@ -64,12 +62,14 @@ Program = Literal["auto", "timm", "transformers", "none"]
 class Receipt:
     """What was read, what it was taken for, and what was done to it: the content of ``receipt.json``.
 
-    ``files``: name, bytes and SHA-256 of each; ``wrapper``, ``beside``: what was around the weights and what else the
-    files hold; ``config``: settings that differ from the model's of that name; ``license``: of who published them;
-    ``renamed``: our name -> theirs, several where one was fused of them; ``resized``: our name -> shapes before and
-    after; ``dropped``: their name -> why; ``dtypes``: changes and how many weights had them; ``reference``: the program
-    that was given the same weights, or why none was; ``difference``: the largest of its outputs to ours, and
-    ``largest``: the largest output itself, None without one.
+    ``files``: name, bytes and SHA-256 of each; ``tokenizer``: the same of the one that came along, or ``missing``, why
+    none did, empty for models without texts; ``wrapper``, ``beside``: what was around the weights and what else their
+    files hold; ``config``: settings that differ from the model's of that name; ``told``: those that configs beside the
+    weights say, and where; ``license``: of who published them; ``renamed``: our name -> theirs, several where one was
+    fused of them; ``resized``: our name -> shapes before and after; ``dropped``: their name -> why; ``dtypes``: changes
+    and how many weights had them; ``reference``: the program that was given the same weights, or why none was;
+    ``difference``: the largest of its outputs to ours, and ``largest``: the largest output itself, None without one;
+    ``outputs``: the same two of each kind of output.
     """
 
     converter: str
@@ -87,9 +87,12 @@ class Receipt:
     resized: dict[str, list[list[int]]]
     dropped: dict[str, str]
     dtypes: dict[str, int]
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
     reference: str = "not asked for"
     difference: float | None = None
     largest: float | None = None
+    outputs: dict[str, list[float]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
@@ -121,22 +124,28 @@ def convert(
     name: str | None = None,
     layout: str | None = None,
     image_px: Size | None = None,
+    tokenizer: str | Path | None = None,
     reference: Program = "auto",
 ) -> Receipt:
     """Turn published weights into a model folder, and write and return the receipt.
 
-    ``source``: a file (safetensors, ``.npz``, ``.pth``), a folder with one, or a hub id; ``name``: of `list_models`,
-    None = the one that fits; ``layout``: one of the system's, None = the one that fits; ``image_px``: read pictures of
-    this size from now on, None = of the published one; ``reference``: the program to compare outputs with.
+    ``source``: a file (safetensors, ``.npz``, ``.pth``, a TorchScript ``.pt``), a folder with one, or a hub id;
+    ``name``: of `list_models`, None = the one that fits; ``layout``: one of the system's, None = the one that fits;
+    ``image_px``: read pictures of this size from now on, None = of the published one; ``tokenizer``: a file with the
+    model's (`TextTokenizer.load`), None = the one beside the weights; ``reference``: the program to compare outputs
+    with.
 
     Raises MissingInputError when the source is not there, ConversionError when it is unsafe or damaged, when no model
-    explains it (with every key that does not fit) or several do, ConfigError for unknown names, WriteError when the
-    disk refuses.
+    explains it (with every key that does not fit) or several do, or a config beside it says otherwise, ConfigError for
+    unknown names and a tokenizer that does not fit, DataError for a damaged one, WriteError when the disk refuses.
     """
     path, out = located_weights(source), Path(out)
-    published = read(path)
-    name = name or _named(path)
-    match = _best(matches(published, name, layout, _told(path)), source)
+    published, told = read(path), read_told(path)
+    timm = named(path)
+    name = name or (timm if timm in presets() else None)
+    match = _best(matches(published, name, layout, told.values), source)
+    told.check(match.config, match.weights.config, getattr(match.system, "ACTIVATION", "gelu"))
+    words, taken = _words(match.config, path, tokenizer)
     model: Any = blank(match.system, match.config)
     model.load_state_dict(adopt(published, match), assign=True)
     before = {key: list(value.shape) for key, value in model.state_dict().items()}
@@ -147,9 +156,11 @@ def convert(
     resized = {key: [before[key], after[key]] for key in after if before[key] != after[key]}
     names = ", ".join(f"`{file['name']}` (SHA-256 {file['sha256']})" for file in receipt.files)
     text = f"Converted from {names}, which names its weights as {receipt.layout} does."
-    save_pretrained(model, out, card={"title": match.name, "text": text, "license": receipt.license})
+    card = {"title": match.name, "text": text, "license": receipt.license}
+    save_pretrained(model, out, tokenizer=words, card=card)
     seen = _compared(out, path, published, match, reference) if not resized else {"reference": "resized: not compared"}
-    receipt = dataclasses.replace(receipt, resized=resized, **seen)
+    said = {key: f"{told.places[key]}: {value}" for key, value in told.values.items() if hasattr(match.config, key)}
+    receipt = dataclasses.replace(receipt, resized=resized, tokenizer=taken, told=said, **seen)
     try:
         content = json.dumps(dataclasses.asdict(receipt), indent=2) + "\n"
         write(out / RECEIPT, lambda temporary: temporary.write_text(content, encoding="utf-8"))
@@ -172,6 +183,25 @@ def _best(found: list[Match], source: str | Path) -> Match:
         names = ", ".join(sorted(m.name for m in equal.values()))
         raise ConversionError(f"{source}: {names} all explain it, and differ in more than names: say which it is")
     return best
+
+
+def _words(config: Any, folder: Path, given: str | Path | None) -> tuple[TextTokenizer | None, dict[str, Any]]:
+    """The tokenizer that comes along, and what the receipt says of it."""
+    if not hasattr(config, "vocab"):
+        if given is not None:
+            raise ConfigError(f"{given}: this model reads no texts, it takes no tokenizer")
+        return None, {}
+    path = tokenizer_in(folder) if given is None else Path(given)
+    if path is None:
+        return None, {"missing": "none is beside the weights; texts need one: --tokenizer FILE"}
+    try:
+        words = TextTokenizer.load(path)
+        Preprocessor.of(config, words)
+    except (ConfigError, DataError) as error:
+        if given is not None:
+            raise
+        return None, {"missing": f"{path.name} was not taken: {error}"}
+    return words, _file(path)
 
 
 def _receipt(source: str | Path, published: Published, match: Match) -> Receipt:
@@ -209,68 +239,14 @@ def _file(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Told:
-    """What configs beside the weights may tell, as our configs name it."""
-
-    image_px: int | tuple[int, int] | None = None
-    window: int | None = None
-    pretrained_window: list[int] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    share: float | None = None
-
-
-def _told(folder: Path) -> dict[str, Any]:
-    """Settings that the configs beside the weights tell, transformers' and timm's."""
-    config, pixels = _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
-    timm = config.get("pretrained_cfg")
-    timm = timm if isinstance(timm, dict) else {}
-    values = {
-        "image_px": config.get("image_size"),
-        "window": config.get("window_size"),
-        "pretrained_window": config.get("pretrained_window_sizes"),
-        "mean": pixels.get("image_mean") or timm.get("mean"),
-        "std": pixels.get("image_std") or timm.get("std"),
-        "share": timm.get("crop_pct"),
-    }
-    try:
-        told = dataclasses.asdict(settings.apply(_Told(), values))
-    except ConfigError as error:
-        raise ConversionError(f"{folder}: the configs beside the weights are not such: {error}") from error
-    if told["pretrained_window"] is not None:
-        told["pretrained_window"] = tuple(told["pretrained_window"]) if any(told["pretrained_window"]) else ()
-    return {key: value for key, value in told.items() if value is not None}
-
-
-def _named(folder: Path) -> str | None:
-    """The model that timm's config beside the weights names, where ours has the same name."""
-    name = _json(folder / "config.json").get("architecture")
-    return name if isinstance(name, str) and name in presets() else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > MAX_CONFIG:
-        raise ConversionError(f"{path} has more than {MAX_CONFIG} bytes: no config")
-    try:
-        return parse_json(path.read_bytes())
-    except RecordError as error:
-        raise ConversionError(f"{path}: {error}") from error
-
-
 # ----------------------------------------------------------------------------------------------------------- reference
 
 
 def _compared(out: Path, path: Path, published: Published, match: Match, wanted: Program) -> dict[str, Any]:
     """What a process of its own says that has the original program, the same weights and our folder."""
     layouts = match.system.LAYOUTS
-    config = path / "config.json"
-    programs = [name for name in ("transformers", "timm") if name in layouts and wanted in ("auto", name)]
+    config = path / CONFIG
+    programs = [name for name in ("transformers", "timm", "open_clip") if name in layouts and wanted in ("auto", name)]
     if match.layout != "transformers" or not config.is_file():  # it cannot be made without its own config
         programs = [name for name in programs if name != "transformers"]
     said: dict[str, Any] = {"reference": "not asked for" if wanted == "none" else "no program is known for this layout"}
@@ -278,7 +254,7 @@ def _compared(out: Path, path: Path, published: Published, match: Match, wanted:
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             state = to_theirs(adopt(published, match), layouts[program])
-            if program == match.layout:  # nothing of ours in between
+            if layouts[program].rules == match.weights.rules:  # nothing of ours in between
                 state = {
                     name: value for name, value in aligned(published.state, match.weights).items() if name in state
                 }

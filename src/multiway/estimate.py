@@ -25,7 +25,7 @@ from multiway.run import Run
 HERE = "here"
 PROBE_SECONDS = 10.0
 
-KINDS = {"image": "images", "pair": "pairs", "text": "texts"}
+KINDS = {"image": "images", "pair": "pairs", "text": "texts", "example": "examples"}
 """Kinds of samples, and the setting of ``Run.data`` that says how many are in a step."""
 
 MACHINE = 8

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from multiway import pretrained
@@ -22,12 +24,15 @@ from multiway.data.index import Index, build
 from multiway.data.order import generator
 from multiway.data.picture import Picture
 from multiway.data.prepare import Source, digit_corpus, splits
+from multiway.data.text import framed
+from multiway.engine.log import CONSOLE
 from multiway.errors import ConfigError, DataError, WriteError
 from multiway.metrics.caption import Unit
 from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Pretrained
 from multiway.tasks import captioning, fill, image_classification, linear_probe, retrieval, zero_shot
 from multiway.tasks.needs import check
+from multiway.tasks.prompts import BARE, class_names
 from multiway.types import Batch
 from multiway.weights.io import write
 
@@ -56,20 +61,31 @@ def evaluate_model(
     prompts: Sequence[str] | None = None,
     unit: Unit = "words",
     predictions: str | None = None,
+    classes: str | None = None,
+    rerank: str | None = None,
+    top: int = retrieval.TOP,
 ) -> dict[str, Any]:
     """Figures of a model on a task.
 
     ``source``: a model folder, a run folder (its ``final/`` is taken) or a hub id; ``task``: ``retrieval`` or
     ``captioning`` (pictures with captions), ``zero_shot``, ``image_classification`` or ``linear_probe`` (pictures in
     folders named after their class); ``data``: None = embedded scenes; ``prompts``: zero-shot templates with ``{}`` for
-    the class; ``unit``: what captions are cut into to be compared; ``predictions``: file to write captions to, as the
-    official scorer reads them, None = not written.
+    the class, None = its name alone; ``classes``: file with the names of the classes, as
+    `multiway.tasks.prompts.class_names` reads it, None = those of the folders; ``unit``: what captions are cut into to
+    be compared; ``predictions``: file to write captions to, as the official scorer reads them, None = not written;
+    ``rerank``: a model, as ``source``, that reads pictures and texts together and orders the ``top`` nearest anew.
 
     An evaluation tolerates no bad record: it raises DataError (65) and names it.
     """
-    folder = Path(source) / "final"
-    model = pretrained.load(folder if folder.is_dir() else source)
+    if rerank is not None and task != "retrieval":
+        raise ConfigError(f"a model re-ranks what retrieval finds, but the task is {task}")
+    if (prompts or classes) and (task != "zero_shot" or data is None):
+        raise ConfigError("prompts and names of classes belong to zero_shot, of pictures that --data names")
+    model = pretrained.load(source)
     check(model.model, TASKS[task], task)
+    other = None if rerank is None else model if rerank == source else pretrained.load(rerank)
+    if other is not None:
+        retrieval.require_match(other.model)
     if task == "captioning":
         captioning.require(model.model)
         if data is None and predictions is None:
@@ -81,22 +97,26 @@ def evaluate_model(
     if task == "linear_probe":
         return probe_of(model, data, split)
     if data is None and task != "image_classification":
-        return retrieval_of_scenes(model) if task == "retrieval" else zero_shot_of_scenes(model)
+        return retrieval_of_scenes(model, 0, other, top) if task == "retrieval" else zero_shot_of_scenes(model)
     if data is None:
         raise ConfigError("image_classification needs --data: pictures in folders named after their class")
     with indexed(model, data, split) as index:
         if task == "retrieval":
-            return retrieval_of(model, index.sources)
+            return retrieval_of(model, index.sources, None, other, top)
         if task == "image_classification":
             return classification_of(model, index)
-        return zero_shot_of(model, index, prompts or ("{}",))
+        return zero_shot_of(model, index, prompts or (BARE,), classes)
 
 
-def retrieval_of_scenes(model: Pretrained, seed: int = 0) -> dict[str, Any]:
-    """Retrieval among 1,000 scenes by writers the training never saw, with 1,000 different captions."""
+def retrieval_of_scenes(
+    model: Pretrained, seed: int = 0, rerank: Pretrained | None = None, top: int = retrieval.TOP
+) -> dict[str, Any]:
+    """Retrieval among 1,000 scenes by writers the training never saw, with 1,000 different captions; ``rerank``,
+    ``top`` as in `evaluate_model`."""
     scenes = builtin.retrieval_scenes(HELD_OUT, seed)
-    captions = [captions[0] for captions in scenes.captions]
-    return retrieval.evaluate(model.encode_image, model.encode_text, torch.from_numpy(scenes.images), captions)
+    images, captions = torch.from_numpy(scenes.images), [captions[0] for captions in scenes.captions]
+    scores = rerank and pair_scores(rerank, images.__getitem__, captions)
+    return retrieval.evaluate(model.encode_image, model.encode_text, images, captions, None, scores, top)
 
 
 def zero_shot_of_scenes(model: Pretrained, seed: int = 0) -> dict[str, Any]:
@@ -120,18 +140,54 @@ def filling_of_scenes(
     return fill.evaluate(model.model, tokenizer, pairs, collate, builtin.ink_patches(scenes, tokenizer.patch))
 
 
-def retrieval_of(model: Pretrained, sources: Iterable[Source], most: int | None = None) -> dict[str, Any]:
-    """Retrieval among the pictures of pairs, with all their captions; ``most``: how many of each source, None = all."""
-    images, captions, owner = [], [], []
-    for source in sources:
-        for record in range(min(len(source), most or len(source))) if source.kind == "pair" else ():
-            strings = source.strings(record)
-            owner += [len(images)] * len(strings)
-            captions += strings
-            images.append(model.picture(source.image(record, model.source_px)))
-    if not images:
+def retrieval_of(
+    model: Pretrained,
+    sources: Iterable[Source],
+    most: int | None = None,
+    rerank: Pretrained | None = None,
+    top: int = retrieval.TOP,
+) -> dict[str, Any]:
+    """Retrieval among the pictures of pairs, with all their captions; ``most``: how many of each source, None = all;
+    ``rerank``, ``top`` as in `evaluate_model`."""
+    records = [(s, i) for s in sources if s.kind == "pair" for i in range(min(len(s), most or len(s)))]
+    if not records:
         raise DataError("no picture has a caption: retrieval needs pairs")
-    return retrieval.evaluate(model.encode_image, model.encode_text, torch.stack(images), captions, owner)
+    told = [source.strings(i) for source, i in records]
+    captions = [text for own in told for text in own]
+    owner = np.repeat(np.arange(len(told)), [len(own) for own in told])
+
+    def picture(number: int) -> Tensor:
+        source, i = records[number]
+        return source.image(i, (rerank or model).source_px)
+
+    scores = rerank and pair_scores(rerank, picture, captions)
+    return retrieval.evaluate(partial(vectors, model), model.encode_text, records, captions, owner, scores, top)
+
+
+def pair_scores(
+    model: Pretrained, picture: Callable[[int], Picture], captions: Sequence[str]
+) -> Callable[[np.ndarray, np.ndarray], Tensor]:
+    """What says how well pictures and captions fit, told by their numbers, with a model that reads both together.
+
+    Raises ConfigError for a model that cannot, or has no tokenizer.
+    """
+    retrieval.require_match(model.model)
+    words, longest = model.tokenizer, model.preprocessor.text_tokens
+    if words is None:
+        raise ConfigError(f"{model.name or 'the model'} has no tokenizer: captions need the one it was trained with")
+    ids = [torch.from_numpy(framed(own, words.bos, words.eos, longest)) for own in words.batch(captions)]
+    seen = lru_cache(BATCH)(lambda number: model.picture(picture(number)))  # pairs come picture by picture
+
+    def scores(pictures: np.ndarray, texts: np.ndarray) -> Tensor:
+        found = []
+        for start in track(range(0, len(texts), BATCH), "re-ranking", console=CONSOLE):
+            part = slice(start, start + BATCH)
+            image = torch.stack([seen(number) for number in pictures[part].tolist()]).to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bf16"):
+                found.append(retrieval.match(model.model, image, [ids[number] for number in texts[part]]).cpu())
+        return torch.cat(found)
+
+    return scores
 
 
 def captions(
@@ -207,15 +263,35 @@ Records = Sequence[tuple[Source, int]]
 """Pictures as their sources and numbers, so that not all of them are in memory."""
 
 
-def zero_shot_of(model: Pretrained, index: Index, prompts: Sequence[str]) -> dict[str, Any]:
-    """Naming the class of pictures, which is the name of their folder; ``prompts``: templates with ``{}``."""
+def vectors(model: Pretrained, records: Records) -> Tensor:
+    """Unit vectors (N, D) of pictures, which are read as they are needed."""
+    return model.encode_image(source.image(i, model.source_px) for source, i in records)
+
+
+def zero_shot_of(
+    model: Pretrained, index: Index, prompts: Sequence[str] = (BARE,), classes: str | None = None
+) -> dict[str, Any]:
+    """Naming the class of pictures, which is the name of their folder; ``prompts``: templates with ``{}``; ``classes``:
+    file with better names, as `multiway.tasks.prompts.class_names` reads it."""
     records, labels = labelled(index, "zero_shot")
-    texts = [[prompt.replace("{}", name.replace("_", " ")) for prompt in prompts] for name in index.labels]
+    names = class_names(index.labels, classes)
+    return zero_shot.compare(partial(vectors, model), model.encode_text, records, labels, names, prompts)
 
-    def embed(records: Records) -> Tensor:
-        return model.encode_image(source.image(i, model.source_px) for source, i in records)
 
-    return dict(zero_shot.evaluate(embed, model.encode_text, records, labels, texts))
+def classify(
+    model: Pretrained, pictures: Sequence[Picture], classes: Sequence[str] = (), prompts: Sequence[str] = (BARE,)
+) -> tuple[list[str], Tensor]:
+    """Names of classes, and their probabilities for each picture, float32 (N, C).
+
+    With ``classes`` as `Pretrained.zero_shot`, without as `Pretrained.classify`, whose classes are numbers where the
+    model does not know their names. Raises ConfigError as they do.
+    """
+    if classes:
+        return list(classes), model.zero_shot(pictures, classes, prompts)
+    if not getattr(model.model.config, "classes", 0):  # type: ignore[union-attr]
+        raise ConfigError(f"{model.name} has no classifier: say which classes there are, --classes cat,dog,...")
+    found = model.classify(pictures)
+    return model.preprocessor.labels or [str(number) for number in range(found.shape[1])], found
 
 
 def labelled(index: Index, task: str) -> tuple[Records, list[int]]:

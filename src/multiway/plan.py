@@ -11,6 +11,7 @@ A plan is made once, when the batch is collated, on the CPU; sizes are Python in
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,6 +115,42 @@ class Plan:
         alone = len(own) == len(groups) == 1 and own[0].rows == groups[0].rows
         return groups[0].length if alone and groups[0].index is None else None
 
+    def of(self, kind: str) -> Plan:
+        """The plan of the samples of one kind alone."""
+        before = list(itertools.takewhile(lambda group: group.kind != kind, self.groups))
+        group = self.groups[len(before)]
+        start, first = sum(g.rows for g in before), sum(g.samples for g in before)
+        segments = tuple(s for s in self.segments if s.kind == kind)
+        starts = {}
+        for name in (s.modality for s in segments):
+            earlier = sum(s.samples for s in self.segments[: self.segments.index(segments[0])] if s.modality == name)
+            starts[name] = self.starts[name][earlier : earlier + group.samples] - start
+        rows = slice(start, start + group.rows)
+        return Plan(segments, (group,), self.position[rows], self.sample[rows] - first, starts)
+
+    def texts(self) -> Plan:
+        """The plan of all texts, each a sample of kind ``text``, whatever it is read with here.
+
+        Made of sizes and tensors where they are, without a look at their values; so all pairs must have equally many
+        other tokens, as their pictures have. Raises ValueError for pairs whose texts are causal.
+        """
+        start, stop = self.extent("text")
+        first, position = self.starts["text"] - start, self.position[start:stop]
+        sample = torch.searchsorted(first, torch.arange(stop - start, device=first.device), right=True) - 1
+        segments, groups, row, count = [], [], 0, 0
+        for own in (s for s in self.segments if s.modality == "text"):
+            group = next(g for g in self.groups if g.kind == own.kind)
+            if group.rows > own.rows:
+                if group.keep is not None and group.keep.shape[2] > 1:
+                    raise ValueError(f"texts of {own.kind!r} see what is before them: their plan is causal")
+                length = group.length - (group.rows - own.rows) // own.samples
+                rows = slice(row, row + own.rows)
+                group = _padded(own, length, (sample[rows] - count) * length + position[rows])
+            groups.append(dataclasses.replace(group, kind="text"))
+            segments.append(own._replace(kind="text"))
+            row, count = row + own.rows, count + own.samples
+        return Plan(tuple(segments), tuple(groups), position, sample, {"text": first})
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """Return the plan with its tensors on ``device``."""
         return self._each(lambda x: x.to(device, non_blocking=non_blocking))
@@ -176,6 +213,18 @@ class Tokens:
         values = values.index_put((sequence, position), self.values[start:stop])
         pad = torch.ones(len(first), length, dtype=torch.bool, device=first.device)
         return values, pad.index_put((sequence, position), torch.zeros((), dtype=torch.bool, device=first.device))
+
+
+def _padded(segment: Segment, length: int, place: Tensor) -> Group:
+    """The group of sequences of at most ``length`` tokens; ``place``: int64 (rows,), of every row in their layout."""
+    total = segment.samples * length
+    if segment.rows == total:
+        return Group(segment.kind, segment.rows, segment.samples, length, None, None, None)
+    index = torch.zeros(total, dtype=torch.int64, device=place.device)
+    index = index.index_copy(0, place, torch.arange(segment.rows, device=place.device))
+    keep = torch.zeros(total, dtype=torch.bool, device=place.device)
+    keep = keep.index_fill(0, place, True).view(segment.samples, 1, 1, length)
+    return Group(segment.kind, segment.rows, segment.samples, length, index, place, keep)
 
 
 def dense_tokens(x: Tensor, modality: str = "image") -> Tokens:

@@ -34,6 +34,9 @@ from multiway.data.text import TextTokenizer, framed
 from multiway.errors import ConfigError, MissingInputError, RecordError, WriteError
 from multiway.models import all_systems, blank, model_class, model_named, presets
 from multiway.published import located, located_weights
+from multiway.tasks import zero_shot
+from multiway.tasks.needs import check
+from multiway.tasks.prompts import BARE, filled
 from multiway.weights.card import model_card
 from multiway.weights.io import read_weights, unlike, write, write_weights
 
@@ -55,7 +58,8 @@ class Preprocessor:
     ``image_px``: side in pixels, or height and width; ``mean``, ``std``: per RGB channel in [0, 1], what the model
     itself subtracts and divides by (stated for other programs); ``interpolation``: of the resize, always antialiased;
     ``share``: of the shorter side that is looked at, in the centre, None = the whole picture squeezed;
-    ``labels``: names of the classes of a classifier or of the answers, in order; ``text_tokens``: longest text with its ``<s>`` and
+    ``labels``: names of the classes of a classifier or of the answers, in order; ``task``: what is answered, "" =
+    nothing; ``text_tokens``: longest text with its ``<s>`` and
     ``</s>``; then the tokenizer's special ids, None without one.
     """
 
@@ -65,6 +69,7 @@ class Preprocessor:
     interpolation: Literal["bicubic"] = "bicubic"
     share: float | None = None
     labels: list[str] = field(default_factory=list)
+    task: str = ""
     text_tokens: int = TEXT_TOKENS
     bos: int | None = None
     pad: int | None = None
@@ -154,6 +159,27 @@ class Pretrained:
         return _joined(
             [model.classify(some).float().softmax(-1).cpu() for some in self._batches(images, batch)], "picture"
         )
+
+    def zero_shot(
+        self,
+        images: Picture | Iterable[Picture],
+        classes: Sequence[str],
+        prompts: Sequence[str] = (BARE,),
+        *,
+        batch: int = BATCH,
+    ) -> Tensor:
+        """Probabilities (N, C) float32, on the CPU, of classes that words describe: the softmax of the cosines, times
+        the model's temperature.
+
+        ``prompts``: templates with ``{}`` for the name of a class, which is described by all of them together. Raises
+        ConfigError for a model that does not compare pictures and texts, no class, and a template without ``{}``;
+        otherwise as `encode_image` and `encode_text`.
+        """
+        model: Any = self.model
+        check(model, zero_shot.NEEDS, "zero-shot classification")
+        weights = zero_shot.classifier(self.encode_text, filled(classes, prompts))
+        scale = model.temperature().detach().float().cpu()
+        return (scale * (self.encode_image(images, batch=batch) @ weights.T)).softmax(-1)
 
     def encode_image(self, images: Picture | Iterable[Picture], *, batch: int = BATCH) -> Tensor:
         """Unit vectors (N, D) float32, on the CPU, of one or many pictures; also of uint8 (N, 3, H, W).
@@ -250,7 +276,7 @@ def create_model(name: str, pretrained: str | Path | None = None, **overrides: A
     shape = settings.apply(preset, overrides)
     if pretrained is not None:
         folder = _folder(pretrained)
-        if folder.is_file() or not _is_ours(folder):
+        if folder.is_file() or not is_ours(folder):
             return published.filled(located_weights(pretrained), name, system, shape)
         return _filled(system, shape, folder, torch.device("cpu"))
     model = model_class(system)(shape)
@@ -363,7 +389,8 @@ def _folder(source: str | Path) -> Path:
     return located(source, HUB_FILES)
 
 
-def _is_ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is one of ours, or of nobody."""
     return not (folder / CONFIG).is_file() or "system" in _read_json(folder / CONFIG)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from multiway.errors import ConfigError, ConversionError, MissingInputError
 from multiway.models import blank, model_named, presets
 from multiway.nn.position import sincos_positions
+from multiway.told import CONFIGS, TOKENIZERS, VOCAB, whole_patches
 from multiway.weights.google import to_timm
 from multiway.weights.rename import WeightMap, faults, to_ours
 from multiway.weights.untrusted import Published, read_published
@@ -44,12 +45,14 @@ NEAR = 0.7
 STAGE = re.compile(r"layers\.(\d+)\.")
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-CONFIGS = ["config.json", "preprocessor_config.json"]
+BESIDE = (*CONFIGS, *TOKENIZERS, VOCAB)
 WEIGHTS = (
+    ["open_clip_model*.safetensors", "open_clip_model.safetensors.index.json"],
     ["model*.safetensors", "model.safetensors.index.json"],
+    ["open_clip_pytorch_model*.bin"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
 )
-"""What is downloaded of a hub model, the second where the first is not there."""
+"""What is downloaded of a hub model besides `BESIDE`: the first of these that is there."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,13 @@ def located(source: str | Path, patterns: Sequence[str]) -> Path:
 
 
 def located_weights(source: str | Path) -> Path:
-    """As `located`, with weights of either kind, and the configs beside them."""
-    newer, older = WEIGHTS
-    path = located(source, CONFIGS + newer)
-    if not path.is_dir() or Path(source).is_dir() or any(path.glob(newer[0])):
-        return path
-    return located(source, CONFIGS + older)
+    """As `located`, with weights of one kind, and the configs and tokenizers beside them."""
+    path = Path(source)
+    for patterns in WEIGHTS:
+        path = located(source, [*BESIDE, *patterns])
+        if Path(source).exists() or any(path.glob(patterns[0])):
+            break
+    return path
 
 
 def read(path: Path) -> Published:
@@ -211,11 +215,15 @@ def _match(
     """What a file is under one preset and layout, its config from the shapes."""
     state = aligned(published.state, weights)
     names = {f.name for f in dataclasses.fields(preset)}
-    config = dataclasses.replace(preset, **{k: v for k, v in {**weights.config, **told}.items() if k in names})
+    known = {key: value for key, value in {**weights.config, **told}.items() if key in names}
+    if "image_px" in known and getattr(preset, "patch", 0):
+        known["image_px"] = whole_patches(known["image_px"], known.get("patch", preset.patch))
+    config = dataclasses.replace(preset, **known)
     config = dataclasses.replace(config, **_heads(config, state, weights))
     config = dataclasses.replace(config, **_sizes(system, config, state, weights))
     wrong = faults(state, weights, _weights(system, config)) or _unlike_fixed(system, config, state, weights)
     changed = sum(getattr(config, name) != getattr(preset, name) for name in names)
+    changed += sum(told.get(name, value) != value for name, value in weights.config.items())
     return Match(name, system, config, layout, weights, changed, wrong)
 
 

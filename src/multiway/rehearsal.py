@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from multiway.data.collate import Sample, Samples, Words
+from multiway.data.examples import Question
 from multiway.engine.optim import Average, build_optimizers
 from multiway.engine.parallel import recompute
 from multiway.nn import attention, block, linear
@@ -110,26 +111,36 @@ class Trace:
         return most
 
 
-def make_samples(run: Run, items: Mapping[str, int], tokens: Mapping[str, int]) -> dict[str, list[Sample]]:
+def make_samples(run: Run, items: Mapping[str, int], tokens: Mapping[str, int]) -> dict[str, list[Any]]:
     """Made-up records by kind: pictures are stand-ins of one pixel, texts have ``tokens`` tokens on average, from half
     to one and a half times as many; of kinds not in ``tokens`` they are as long as the run allows.
     """
-    longest = {"image": 2, "pair": run.data.text_tokens, "text": run.data.window}
+    longest = {"image": 2, "pair": run.data.text_tokens, "text": run.data.window, "example": run.data.text_tokens}
     patches = math.prod(side // run.model.patch for side in sides(run.model.image_px))
     stored = getattr(run.objective, "views", 0) > 0
     made = {}
     for kind, count in items.items():
         mean = tokens.get(kind)
         lengths = np.linspace(mean / 2, 1.5 * mean, count) if mean else np.full(count, longest[kind])
+        words = lengths.round().clip(2, longest[kind]).astype(int) - 2
+        if kind == "example":
+            images = (torch.zeros(3, 1, 1, dtype=torch.uint8),) * getattr(run.model, "pictures", 0)
+            made[kind] = [
+                Question(
+                    images=images, text=np.full(n, 3), answers=(), record=i, rng=np.random.default_rng(i)
+                )
+                for i, n in enumerate(words)
+            ]  # fmt: skip
+            continue
         made[kind] = [
             Sample(
                 image=None if kind == "text" else torch.zeros(3, 1, 1, dtype=torch.uint8),
-                text=None if kind == "image" else np.full(length - 2, 3),
+                text=None if kind == "image" else np.full(n, 3),
                 code=torch.zeros(patches, dtype=torch.int64) if stored and kind != "text" else None,
                 label=0,
                 rng=np.random.default_rng(i),
             )
-            for i, length in enumerate(lengths.round().clip(2, longest[kind]).astype(int))
+            for i, n in enumerate(words)
         ]
     return made
 
@@ -148,6 +159,7 @@ def made_up_words(run: Run) -> Words:
         stop=getattr(run.model, "vocab", 3),
         longest=run.data.text_tokens,
         window=run.data.window,
+        begins=np.ones(getattr(run.model, "vocab", 3), dtype=bool),
     )
 
 

@@ -66,15 +66,15 @@ class Schedule:
     """Linear warm-up over ``warmup`` steps from ``first_lr``, then to ``final_lr`` at ``steps``.
 
     ``shape``: ``cosine``: half a cosine after the warm-up; ``late cosine``: half a cosine of the whole run, on which
-    the warm-up ends with a small jump; ``step``: the peak until seven eighths of the run, then a tenth of it. The last
-    two are SimMIM's (vision.md 2.2, 7.3).
+    the warm-up ends with a small jump; ``step``: the peak until seven eighths of the run, then a tenth of it. These
+    two are SimMIM's (vision.md 2.2, 7.3). ``linear``: a straight line after the warm-up (VLMo, masked.md 5.4).
     """
 
     steps: int = 1_000_000
     warmup: int = 10_000
     first_lr: float = 0.0
     final_lr: float = 1e-5
-    shape: Literal["cosine", "late cosine", "step"] = "cosine"
+    shape: Literal["cosine", "late cosine", "step", "linear"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)

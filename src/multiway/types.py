@@ -7,7 +7,7 @@ A **batch** is a plain ``dict`` with this closed vocabulary (B images, R text to
 | `plan` | `Plan` | how the tokens of all samples lie in one matrix |
 | `image` | uint8 (B, 3, H, W) | pictures, RGB; those of image-only samples first, then those of pairs |
 | `image_hide` | bool (B, P) | True = this patch is hidden from the model and must be predicted |
-| `image_hidden` | int64 (M,) | the True places of ``image_hide`` as flat indices, ascending |
+| `image_hidden` | int64 (M,) | True places of ``image_hide``, flat, ascending; none of pairs without ``match`` |
 | `image_keep` | int64 (B, K) | the patches that are read at all, ascending; absent = every patch |
 | `image_code` | int64 (B, P) | visual token of every patch; absent when the objective computes them |
 | `text` | int64 (R,) | token ids of all texts, packed: those of pairs first, then text-only |

@@ -14,11 +14,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from multiway.data.collate import DualCollate, MaskedCollate, Sample, Words
+from multiway.data.collate import DualCollate, MaskedCollate, MatchCollate, Sample, Words
+from multiway.data.examples import ExampleCollate, Question
 from multiway.data.hide import hide_blocks, hide_cells, hide_patches
 from multiway.data.pictures import LabelCollate, PictureCollate
-from multiway.systems import beit, beit2, clip, feature_distillation, mae, siglip, simmim, swin, swin_v2, vit, vq_kd
+from multiway.systems import (
+    beit,
+    beit2,
+    clip,
+    feature_distillation,
+    flava,
+    mae,
+    siglip,
+    simmim,
+    swin,
+    swin_v2,
+    vit,
+    vlmo,
+    vq_kd,
+)
 from multiway.systems.beit3 import BEiT3, Config, MaskedAndContrast, MaskedDataModeling
+from multiway.tasks.answering import KEYS, Answering, Loss
 from multiway.tasks.image_classification import ImageClassification
 from multiway.tasks.retrieval import ImageTextContrast, ImageTextSigmoid
 from multiway.types import Batch, Objective
@@ -28,7 +44,7 @@ WORDS = Words(bos=0, eos=2, mask_id=3, first=4, stop=40, longest=14, window=14)
 SIZES = {"dim": 32, "depth": 3, "heads": 4, "hidden": 64, "patch": PATCH, "image_px": IMAGE_PX, "codes": CODES}
 DECOUPLED = Config(**SIZES, vocab=40, text_positions=16)
 SHARED = dataclasses.replace(DECOUPLED, attention="shared", joint_layers=2)
-COUNTS = {"image": 3, "pair": 4, "text": 5}
+COUNTS = {"image": 3, "pair": 4, "text": 5, "example": 4}
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,7 @@ class Toy:
 
     ``untrained``: parameters it does not train; ``guess``: loss by term of a model that knows nothing; ``drops``:
     whether blocks may be dropped; ``published``: whether files of other programs hold such a model; ``bf16``: whether
-    its gradients survive rounding.
+    its gradients survive rounding; ``pictures``: of an example.
     """
 
     name: str
@@ -49,10 +65,13 @@ class Toy:
     drops: bool = True
     published: bool = True
     bf16: bool = True
+    pictures: int = 0
 
     def samples(self, seed: int = 0, counts: dict[str, int] | None = None) -> dict[str, list[Sample]]:
         """New samples by kind; ``counts``: how many of each, None = 3 images, 4 pairs, 5 texts."""
         counts = counts or {kind: COUNTS[kind] for kind in self.kinds}
+        if "example" in counts:
+            return {"example": [question(self.pictures, sample(seed, "pair", i)) for i in range(counts["example"])]}
         return {kind: [sample(seed, kind, i) for i in range(n)] for kind, n in counts.items()}
 
     def batch(self, seed: int = 0, counts: dict[str, int] | None = None) -> Batch:
@@ -88,6 +107,11 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def unread(model: nn.Module, *heads: str) -> frozenset[str]:
+    """Parameters that no text alone reaches."""
+    return frozenset(f"model.{n}" for n, _ in model.named_parameters() if n.startswith(heads) or ".experts.image" in n)
+
+
 MASKED = MaskedCollate(words=WORDS, grid=GRID)
 DUAL = DualCollate(words=WORDS, grid=GRID)
 CAUSAL = dataclasses.replace(DUAL, causal=True)
@@ -108,6 +132,11 @@ STARTS_AT_ZERO = frozenset(
 )
 """What lies behind the last norms of bottlenecks, whose factors are 0 at first."""
 SIGLIP = siglip.Config(**TOWER, text_tokens=14, vocab=40)
+VLMO = vlmo.Config(**TOWER, joint_layers=1, text_tokens=14, vocab=40)
+FLAVA = flava.Config(**TOWER, text_depth=2, joint_depth=2, vocab=40, text_tokens=14, out=16, codes=CODES)
+MASKED_MATCH = MaskedCollate(words=WORDS, grid=GRID, contrast=True, leading=2, match=True)
+POOLERS = tuple(f"encoder.{tower}.pooler." for tower in ("vision", "language", "joint"))
+"""Of answers, which the published files carry too."""
 PAIRED = (
     Toy("masked-decoupled", lambda: MaskedDataModeling(BEiT3(DECOUPLED), None), MASKED, ALL, guess=MASKED_GUESS),
     Toy(
@@ -127,6 +156,23 @@ PAIRED = (
         drops=False, bf16=False,  # its batch norms see four pictures of one cell
     ),
     Toy("siglip", lambda: ImageTextSigmoid(siglip.SigLIP(SIGLIP)), DUAL, ("pair",)),
+    Toy(
+        "flava", lambda: flava.MaskedContrastiveMatching(flava.FLAVA(FLAVA), None), MASKED_MATCH, ALL,
+        unread(flava.FLAVA(FLAVA), *POOLERS), guess=MASKED_GUESS | {"match": log(2)},
+    ),
+    # Relative positions stand in for those of words, which the released files carry too.
+    Toy(
+        "vlmo", lambda: vlmo.MaskedContrastMatching(vlmo.VLMo(VLMO)), MatchCollate(words=WORDS, grid=GRID), ("pair",),
+        frozenset({"model.language.positions"}), guess={"words": log(40), "match": log(2)},
+    ),
+    Toy(
+        "vlmo-texts", lambda: vlmo.MaskedLanguageModeling(vlmo.VLMo(VLMO)), MASKED, ("text",),
+        frozenset(
+            f"model.{name}" for name, _ in vlmo.VLMo(VLMO).named_parameters()
+            if not vlmo.reads_text(name) or name == "language.positions"
+        ),
+        guess={"words": log(40)},
+    ),
 )  # fmt: skip
 """Toys of pictures and texts."""
 
@@ -244,4 +290,80 @@ PICTURED = (
 )  # fmt: skip
 """Toys of pictures alone."""
 
-TOYS = PAIRED + PICTURED
+ANSWERS = 5
+
+
+def question(pictures: int, sampled: Sample) -> Question:
+    """A random record as a question about so many pictures."""
+    images = tuple(torch.roll(x, n, 1) for n in range(pictures) if (x := sampled.image) is not None)
+    assert sampled.text is not None, "a question has a text"
+    return Question(images=images, text=sampled.text, answers=(), record=sampled.record, rng=sampled.rng)
+
+
+def asking(name: str, build: Callable[[], nn.Module], pictures: int, loss: Loss = "classes", **more: Any) -> Toy:
+    """A toy that is tuned to answer questions about so many pictures."""
+
+    def target(asked: Question) -> dict[str, Any]:
+        own = np.random.default_rng(asked.record)
+        return {KEYS[loss]: own.random(ANSWERS) if loss == "scores" else int(own.integers(ANSWERS))}
+
+    collate = ExampleCollate(
+        words=WORDS, grid=GRID if pictures else None, pictures=pictures, causal=name == "clip",
+        leading=2 if name == "flava" else 1, targets=target,
+    )  # fmt: skip
+    task = "vqa" if pictures else "text_classification"
+    return Toy(
+        f"{name}-answers-{pictures}", lambda: Answering(build(), task, pictures, loss), collate, ("example",),
+        pictures=pictures, **more,
+    )  # fmt: skip
+
+
+def beit3_answers(pictures: int) -> nn.Module:
+    """A BEiT-3 that reads so many pictures with a text."""
+    return BEiT3(dataclasses.replace(DECOUPLED, masked=False, answers=ANSWERS, pictures=pictures))
+
+
+def flava_answers(pictures: int) -> Toy:
+    """FLAVA that reads so many pictures with a text; its joint encoder comes before the others' final norms."""
+
+    def build() -> nn.Module:
+        return flava.FLAVA(dataclasses.replace(FLAVA, masked=False, answers=ANSWERS, pictures=pictures))
+
+    others = ("encoder.vision.projection.", "encoder.language.projection.", "logit_")
+    if pictures:
+        others += ("encoder.vision.trunk.hide_token", "encoder.vision.norm.", "encoder.language.norm.", *POOLERS)
+    else:
+        others += ("encoder.vision.", "encoder.joint.")
+    loss: Loss = "scores" if pictures == 1 else "classes"
+    return asking("flava", build, pictures, loss, published=False, untrained=unread(build(), *others))
+
+
+ASKED = (
+    # Of the last block's texts nothing is read but keys and values.
+    asking(
+        "beit3", lambda: beit3_answers(1), 1, "scores",
+        untrained=frozenset(
+            f"model.{name}" for name, _ in beit3_answers(1).named_parameters()
+            if name == "vision.mask_token"
+            or (name.startswith(("encoder.blocks.2.attention.out.", "encoder.blocks.2.ffn.")) and ".text." in name)
+        ),
+    ),
+    # Its head begins so small that rounding does not show.
+    asking(
+        "beit3", lambda: beit3_answers(2), 2, untrained=frozenset({"model.vision.mask_token"}), guess={"answer": log(5)},
+        bf16=False,
+    ),
+    asking("beit3", lambda: beit3_answers(0), 0, untrained=unread(beit3_answers(0), "vision.")),
+    *map(flava_answers, (0, 1, 2)),
+    asking(
+        "clip", lambda: clip.CLIP(dataclasses.replace(CLIP_VIT, answers=ANSWERS)), 0, published=False,
+        untrained=unread(clip.CLIP(CLIP_VIT), "encoder.vision.", "encoder.language.projection.", "logit_"),
+    ),
+    asking(
+        "siglip", lambda: siglip.SigLIP(dataclasses.replace(SIGLIP, answers=ANSWERS)), 0, published=False,
+        untrained=unread(siglip.SigLIP(SIGLIP), "encoder.vision.", "encoder.language.projection.", "logit_"),
+    ),
+)  # fmt: skip
+"""Toys that answer."""
+
+TOYS = PAIRED + PICTURED + ASKED

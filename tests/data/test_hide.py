@@ -197,3 +197,46 @@ def test_a_text_without_words_hides_nothing():
     shown, hidden = hide_words(np.array([0, 2]), 0.5, (FIRST, STOP), MASK, generator(0))
     assert shown.tolist() == [0, 2]
     assert hidden.tolist() == []
+
+
+BEGINS = np.arange(STOP) % 3 == 1
+"""Every third id begins a word, two go on with it."""
+text = st.lists(st.integers(0, STOP - 1), max_size=30)
+
+
+def words_of(ids):
+    """Places of each word, in order: it begins where an id does, or behind what is no word."""
+    words = []
+    for i, word in enumerate(ids):
+        if word < FIRST:
+            continue
+        if BEGINS[word] or i == 0 or ids[i - 1] < FIRST:
+            words.append([])
+        words[-1].append(i)
+    return words
+
+
+@given(ids=text, ratio=st.floats(0, 1), seed=st.integers(0, 99))
+def test_words_are_hidden_whole(ids, ratio, seed):
+    words = words_of(ids)
+    shown, hidden = hide_words(np.array(ids, dtype=int), ratio, (FIRST, STOP), MASK, generator(seed), BEGINS)
+    assert (np.diff(hidden) > 0).all() and set(np.flatnonzero(shown != ids)) <= set(hidden.tolist())
+    chosen = [word for word in words if word[0] in hidden]
+    assert sorted(i for word in chosen for i in word) == hidden.tolist()
+    count = max(1, round(ratio * sum(map(len, words))))
+    assert len(hidden) <= count or len(chosen) == 1
+    assert len(chosen) >= min(1, len(words))
+    left = count - len(hidden)
+    assert all(len(word) > left for word in words if word not in chosen)  # nothing else would have fitted
+
+
+def test_whole_words_take_turns():
+    ids = np.array([0, *[4, 5, 6] * 2, 4, 2])  # words of 3, 3 and 1 pieces
+    often = np.zeros(len(ids))
+    for seed in range(2000):
+        hidden = hide_words(ids, 3 / 7, (FIRST, STOP), MASK, generator(seed), np.arange(STOP) == 4)[1]
+        often[hidden] += 1
+    assert often[0] == often[-1] == 0
+    assert (often[1:4] == often[1]).all() and (often[4:7] == often[4]).all()
+    # the single piece first (1/3) leaves two places, into which neither of the others fits; else one of those
+    assert often[[1, 4, 7]] / 2000 == pytest.approx(np.full(3, 1 / 3), abs=0.05)

@@ -144,6 +144,61 @@ def test_streams_that_give_no_batch_are_refused():
         Batches([stream(sizes=())], load, collate).batch(0)
 
 
+# --- one kind in every step
+
+SHARES = {"image": 0.15, "pair": 0.7, "text": 0.15}
+
+
+def taking_turns(loading=load, seed=0):
+    streams = [stream(kind, (37,), items, seed=seed) for kind, items in (("image", 8), ("pair", 4), ("text", 4))]
+    return Batches(streams, loading, collate, SHARES)
+
+
+def test_every_step_holds_one_kind_in_the_shares_asked_for():
+    batches = taking_turns()
+    kinds = [next(iter(batches.places(step))) for step in range(2000)]
+    assert all(len(batches.places(step)) == 1 for step in range(0, 2000, 97))
+    for start in (0, 1000):
+        assert Counter(kinds[start : start + 1000]) == {kind: 1000 * share for kind, share in SHARES.items()}
+    assert kinds[:1000] != kinds[1000:]
+    assert kinds != [next(iter(taking_turns(seed=1).places(step))) for step in range(2000)]
+    assert [batches.items(step) for step in range(9)] == [
+        {"image": 8, "pair": 4, "text": 4}[kind] for kind in kinds[:9]
+    ]
+    assert two_kinds().items(5) == 12
+
+
+def test_no_kind_loses_or_repeats_a_record_while_others_have_their_turns():
+    batches, seen = taking_turns(), {kind: [] for kind in SHARES}
+    for step in range(1500):  # across the border at 1,000
+        ((kind, places),) = batches.places(step).items()
+        seen[kind] += places
+    for kind, places in seen.items():
+        whole = stream(kind, (37,), 1)
+        assert places == [whole.places(i)[0] for i in range(len(places))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_turns_are_resumed_and_shared_exactly(workers, no_children):
+    batches = taking_turns()
+    want = [batches.batch(step)[0] for step in range(990, 1010)]
+    whole = [batch for batch, _ in iterate(taking_turns(), range(990, 1010), workers=workers)]
+    later = [batch for batch, _ in iterate(taking_turns(), range(1003, 1010), workers=workers)]
+    for got, expected in zip([*whole, *later], [*want, *want[13:]], strict=True):
+        assert_same(got, expected)
+    for step in (990, 1001, 1007):
+        assert_same(joined(batches, step, 4), batches.batch(step)[0])
+
+
+def test_turns_that_cannot_be_are_refused():
+    streams = [stream("image", items=8), stream("text", items=6)]
+    for shares in ({"image": 1.0}, {"image": 1.0, "text": 1.0, "pair": 1.0}):
+        with pytest.raises(ConfigError, match=r"shares of steps .* expected one for each of \['image', 'text'\]"):
+            Batches(streams, load, collate, shares)
+    with pytest.raises(ConfigError, match="text: 6 items"):  # whichever kind begins
+        iterate(Batches(streams, load, collate, {"image": 1.0, "text": 1.0}), range(10), micros=4)
+
+
 # --- bad records
 
 

@@ -210,3 +210,52 @@ def test_dense_tokens_are_a_batch_of_equal_lengths():
     assert torch.equal(one.position, two.position) and torch.equal(one.sample, two.sample)
     assert one.starts.keys() == two.starts.keys() and torch.equal(one.starts["image"], two.starts["image"])
     assert dense_tokens(x.to("meta")).plan.position.is_meta
+
+
+def assert_plans_equal(one, other):
+    """Sizes, rows, and who sees whom."""
+    assert one.segments == other.segments
+    for field in ("position", "sample"):
+        assert torch.equal(getattr(one, field), getattr(other, field)), field
+    assert one.starts.keys() == other.starts.keys()
+    assert all(torch.equal(one.starts[name], other.starts[name]) for name in one.starts)
+    for a, b in zip(one.groups, other.groups, strict=True):
+        assert (a.kind, a.rows, a.samples, a.length) == (b.kind, b.rows, b.samples, b.length)
+        assert torch.equal(places(a), places(b))
+        assert (a.keep is None) == (b.keep is None) and (a.keep is None or torch.equal(a.keep, b.keep))
+
+
+@given(kinds=batches())
+def test_the_plan_of_one_kind_is_that_of_a_batch_of_it(kinds):
+    plan = make_plan(kinds)
+    for kind in kinds:
+        assert_plans_equal(plan.of(kind), make_plan({kind: kinds[kind]}))
+
+
+@given(kinds=batches(), pictures=st.integers(1, 5))
+def test_all_texts_are_sequences_of_their_own(kinds, pictures):
+    if "pair" in kinds:
+        kinds["pair"]["image"] = [pictures] * len(kinds["pair"]["image"])
+    own = [kinds[kind]["text"] for kind in ("pair", "text") if kind in kinds and kinds[kind].get("text")]
+    if not own:
+        return
+    texts = make_plan(kinds).texts()
+    assert texts.samples == sum(map(len, own)) and texts.modalities == ("text",)
+    assert texts.position.tolist() == [p for ns in own for n in ns for p in range(n)]
+    assert texts.sample.tolist() == [i for i, n in enumerate(n for ns in own for n in ns) for _ in range(n)]
+    first = np.cumsum([0, *(n for ns in own for n in ns)])[:-1]
+    assert texts.starts["text"].tolist() == first.tolist()
+    for group, ns in zip(texts.groups, own, strict=True):
+        (alone,) = make_plan({"text": {"text": ns}}).groups
+        assert (group.kind, group.rows, group.samples, group.length) == ("text", sum(ns), len(ns), max(ns))
+        assert torch.equal(places(group), places(alone))
+        assert (group.keep is None) == (alone.keep is None)
+        assert group.keep is None or torch.equal(group.keep, alone.keep)
+
+
+def test_texts_that_see_only_what_is_before_them_are_left_in_their_pairs():
+    kinds = {"pair": {"image": [3, 3], "text": [2, 4]}}
+    with pytest.raises(ValueError, match="causal"):
+        make_plan(kinds, causal_text=True).texts()
+    alone = make_plan({"text": {"text": [2, 4]}}, causal_text=True)
+    assert_plans_equal(alone.texts(), alone)

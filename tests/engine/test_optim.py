@@ -164,6 +164,12 @@ def test_a_step_down_after_seven_eighths() -> None:
     assert found[20:70] == [1.0] * 50 and found[70:] == pytest.approx([0.1] * 10)
 
 
+def test_a_straight_line_after_the_warm_up() -> None:
+    """masked.md 5.4: VLMo's decay of power 1."""
+    found = [rate_at(t, shape="linear") for t in (0, 19, 20, 40, 60, 100)]
+    assert found == pytest.approx([0.1, 1.0, 1.0, 0.8, 0.6, 0.2])
+
+
 # --- the optimiser's state --------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ CONTRACTS = {"errors", "types", "plan", "run", "config"}
 PARTS = {"nn", "data", "metrics", "weights"}
 BUILT = {"backbones", "objectives"}
 SYSTEMS = {"systems", "tasks", "engine"}
-NAMED = {"models", "published", "pretrained", "evaluation"}
+NAMED = {"models", "told", "published", "pretrained", "evaluation", "answers"}
 USES = NAMED | {"recipes", "search", "convert", "reference", "estimate", "roofline", "rehearsal"}
 OUTSIDE = {"cli", "serve", "quickstart", "diagnose", "report"}
 

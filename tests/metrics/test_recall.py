@@ -9,7 +9,7 @@ import pytest
 
 from multiway.errors import DataError, NumericsError
 from multiway.metrics import recall as module
-from multiway.metrics.recall import chance, recall, recall_of_scores
+from multiway.metrics.recall import chance, nearest, recall, recall_of_scores
 
 
 def unit(rng, n, d):
@@ -106,3 +106,32 @@ def test_five_thousand_pictures_and_their_captions_fit_in_memory(monkeypatch):
     found = recall(image, image[owner], np.arange(5000), owner, ks=(1,))
     assert found["r1"] > 0.99
     assert largest <= 4 * module.SCORES
+
+
+@pytest.mark.parametrize("scores_at_once", [2**24, 100])
+def test_the_nearest_are_those_of_sorting(monkeypatch, scores_at_once):
+    monkeypatch.setattr(module, "SCORES", scores_at_once)
+    rng = np.random.default_rng(0)
+    queries, candidates = unit(rng, 30, 8), unit(rng, 50, 8)
+    wanted = np.sort(np.argsort(-(queries @ candidates.T), axis=1)[:, :7], axis=1)
+    assert (nearest(queries, candidates, 7) == wanted).all()
+    assert (nearest(queries, candidates, 80) == np.arange(50)).all()
+
+
+def test_of_equally_near_ones_the_first_are_taken():
+    candidates = np.array([[0.5], [1.0], [0.5], [0.5], [0.2]], np.float32)
+    assert nearest(np.ones((2, 1), np.float32), candidates, 3).tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_the_first_are_ordered_by_their_own_scores_and_stand_above_the_rest():
+    queries, candidates = np.ones((1, 1), np.float32), np.array([[0.9], [0.8], [0.7], [0.6]], np.float32)
+    first = np.array([[0, 1, 2]]), np.array([[-5.0, 3e9, -5.0]])
+
+    def found(right):
+        return list(recall(queries, candidates, np.zeros(1), np.arange(4) != right, (1, 2, 3, 4), first).values())
+
+    assert found(1) == [1, 1, 1, 1]
+    assert found(0) == found(2) == [0, 0.5, 1, 1]  # they tie
+    assert found(3) == [0, 0, 0, 1]
+    with pytest.raises(NumericsError, match="re-ranks"):
+        recall(queries, candidates, np.zeros(1), np.zeros(4), first=(first[0], np.array([[1.0, np.nan, 2.0]])))

@@ -150,5 +150,5 @@ def test_weights_of_another_width_are_refused_by_name(tmp_path: Path) -> None:
 def test_every_recipe_names_itself_and_its_batch_is_positive(name: str) -> None:
     run, _ = recipe(name)
     assert run.recipe == name
-    assert run.data.images + run.data.texts + run.data.pairs > 0
+    assert run.data.images + run.data.texts + run.data.pairs + run.data.examples > 0
     assert run.schedule.warmup < run.schedule.steps

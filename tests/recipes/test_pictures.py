@@ -187,7 +187,7 @@ def test_pictures_without_a_class_are_refused_and_can_be_masked(tmp_path: Path) 
         evaluation.evaluate_model(str(tmp_path / "mae"), "linear_probe", str(tmp_path / "loose"))
     with pytest.raises(ConfigError, match="at least two classes"):
         evaluation.evaluate_model(str(tmp_path / "mae"), "linear_probe", str(tmp_path / "data"))
-    with pytest.raises(ConfigError, match="final has no classifier: tune it"):
+    with pytest.raises(ConfigError, match="mae has no classifier: tune it"):
         evaluation.evaluate_model(str(tmp_path / "mae"), "image_classification", str(tmp_path / "data"))
 
 

@@ -306,3 +306,102 @@ def test_patches_that_are_not_kept_are_not_read() -> None:
         assert torch.equal(model(some, image=image, keep=keep).values, before)
         image[0, :, :side, :side] ^= 255  # its patch 0
         assert not torch.equal(model(some, image=image, keep=keep).values[:3], before[:3])
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def heads(dim: int, pictures: int, answers: int) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of what a fine-tuned file has beyond the encoder (masked.md 6.6)."""
+    both = {name: (2 * dim,) for name in ("weight", "bias")}
+    if pictures == 2:
+        return {
+            **{f"head.norm1.{name}": (4 * dim,) for name in ("weight", "bias")},
+            "head.dense1.weight": (2 * dim, 4 * dim), "head.dense1.bias": (2 * dim,),
+            **{f"head.norm2.{name}": shape for name, shape in both.items()},
+            "head.dense2.weight": (answers, 2 * dim), "head.dense2.bias": (answers,),
+        }  # fmt: skip
+    return {
+        "pooler.norm.weight": (dim,), "pooler.norm.bias": (dim,),
+        "pooler.dense.weight": (dim, dim), "pooler.dense.bias": (dim,),
+        "head.0.weight": (2 * dim, dim), "head.0.bias": (2 * dim,),
+        **{f"head.1.{name}": shape for name, shape in both.items()},
+        "head.3.weight": (answers, 2 * dim), "head.3.bias": (answers,),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("pictures", "answers", "layout"), [(1, 3129, "official"), (2, 2, "official_nlvr2")])
+def test_fine_tuned_models_have_the_released_keys(pictures: int, answers: int, layout: str) -> None:
+    """No masked heads; where a pooler norms what is read, no final norm either."""
+    shape = dataclasses.replace(PRESETS["beit3_base_patch16_224"], masked=False, answers=answers, pictures=pictures)
+    found = {key: tuple(x.shape) for key, x in to_theirs(on_meta(shape).state_dict(), LAYOUTS[layout]).items()}
+    expected = released(768, 12) | heads(768, pictures, answers)
+    gone = ("mlm_head.", "mim_head.", *(("beit3.encoder.layer_norm.",) if pictures == 1 else ()))
+    assert found == {key: shape for key, shape in expected.items() if not key.startswith(gone)}
+
+
+def answering(pictures: int) -> BEiT3:
+    shape = dataclasses.replace(DECOUPLED, masked=False, answers=3, pictures=pictures)
+    return randomize(BEiT3(shape)).eval()
+
+
+def texts(count: int) -> list[Tensor]:
+    return [torch.tensor([0, *range(4 + n, 7 + 2 * n), 2]) for n in range(count)]
+
+
+def plan_of(pictures: int, ids: list[Tensor]):
+    """Every text with each of its pictures."""
+    lengths = [len(own) for own in ids for _ in range(max(1, pictures))]
+    if not pictures:
+        return make_plan({"text": {"text": lengths}})
+    return make_plan({"pair": {"image": [PATCHES + 1] * len(lengths), "text": lengths}})
+
+
+def test_an_answer_to_a_picture_is_read_off_its_class_token() -> None:
+    """masked.md 6.3: norm, dense, tanh; then dense, norm, GELU, dense."""
+    model, ids = answering(1), texts(3)
+    image = pictures(3)
+    tokens = model.encode(image=image, text=ids)
+    x = tokens.prefix("image")
+    x = torch.tanh(model.pooler.dense(model.pooler.norm(x)))
+    head = model.answer_head
+    expected = head.out(torch.nn.functional.gelu(head.norm(head.dense(x))))
+    found = model.answer(plan_of(1, ids), image=image, text=torch.cat(ids))
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_answer_about_two_pictures_reads_both_with_the_text() -> None:
+    """masked.md 6.3: class token and <s> of the first, then of the second picture; every pair on its own."""
+    model, ids = answering(2), texts(2)
+    image = pictures(4)
+    found = model.answer(plan_of(2, ids), image=image, text=torch.cat([ids[0], ids[0], ids[1], ids[1]]))
+    for i, own in enumerate(ids):
+        read = []
+        for picture in image[2 * i : 2 * i + 2]:
+            tokens = model.encode(image=picture[None], text=[own])
+            read += [tokens.prefix("image"), tokens.prefix("text")]
+        torch.testing.assert_close(found[i : i + 1], model.answer_head(model.pooler(torch.cat(read, 1))))
+    swapped = model.answer(plan_of(2, ids), image=image[[1, 0, 3, 2]], text=torch.cat([ids[0], ids[0], ids[1], ids[1]]))
+    assert (swapped - found).abs().max() > 1e-3
+
+
+def test_an_answer_to_a_text_is_read_off_its_first_token() -> None:
+    model, ids = answering(0), texts(3)
+    tokens = model.encode(text=ids)
+    found = model.answer(plan_of(0, ids), text=torch.cat(ids))
+    torch.testing.assert_close(found, model.answer_head(model.pooler(tokens.prefix("text"))))
+
+
+def test_heads_of_two_pictures_start_at_a_thousandth() -> None:
+    torch.manual_seed(0)
+    model = BEiT3(dataclasses.replace(DECOUPLED, masked=False, answers=2, pictures=2, dim=64, hidden=64))
+    model.init_weights()
+    assert model.answer_head.out.weight.abs().max() <= 0.02 * 1e-3
+    assert model.answer_head.dense.weight.detach().std() == pytest.approx(0.02 * 1e-3 * 0.54, rel=0.05)  # cut at one deviation
+
+
+def test_who_answers_nothing_says_so() -> None:
+    with pytest.raises(ConfigError, match="answers nothing"):
+        BEiT3(DECOUPLED).answer(plan_of(0, texts(1)), text=texts(1)[0])
+    with pytest.raises(ConfigError, match="0, 1 or 2 pictures"):
+        dataclasses.replace(DECOUPLED, answers=2, pictures=3)

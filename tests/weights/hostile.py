@@ -99,6 +99,17 @@ def saved(data: bytes, **more: bytes) -> bytes:
     return archive(records(data, **more))
 
 
+def module(cls: str = "Model", **attributes: bytes) -> bytes:
+    """The instructions for a module of TorchScript."""
+    filled = b"}(" + b"".join(text(key) + value for key, value in attributes.items()) + b"u"
+    return name(f"__torch__.{cls}") + b")\x81" + filled + b"b"
+
+
+def scripted(made: bytes, **more: bytes) -> bytes:
+    """An archive as of `torch.jit.save` with a module that is made so."""
+    return saved(b"\x80\x02" + made + b".", **{"x/code/__torch__.py": b"import os", "x/constants.pkl": b"", **more})
+
+
 def code(command: str) -> Iterator[tuple[str, bytes, str]]:
     """Files that would run ``command`` if they were loaded as pickles: (kind, content, what the refusal says)."""
     shell, run = text(command), name("posix.system")
@@ -133,6 +144,13 @@ def code(command: str) -> Iterator[tuple[str, bytes, str]]:
     yield "bare_pickle_4", b"\x80\x04" + bare[2:], "bare pickle"
     yield "bare_pickle_0", f"cposix\nsystem\n(V{command}\ntR.".encode(), "no file of weights"
     yield "tar", tar({"sys_info": bare, "pickle": bare, "storages": b"", "tensors": b""}), "is a tar"
+    within = scripted(module(weight=tensor(), hook=call("posix.system", shell)))
+    yield "in_a_module", within, "contains code: posix.system"
+    yield "module_of_its_own", scripted(module(part=module(weight=call("os.execv", shell)))), "contains code: os.execv"
+    yield "module_without_code", saved(b"\x80\x02" + module(weight=tensor()) + b"."), "contains code: __torch__.Model"
+    yield "almost_a_module", scripted(name("__torch__x.system") + b")\x81."), "contains code: __torch__x.system"
+    yield "almost_a_list", scripted(name("torch.jit._pickle.eval") + shell + b"\x85R."), "torch.jit._pickle.eval"
+    yield "unpickler", scripted(name("torch.jit._pickle.Unpickler")), "contains code: torch.jit._pickle.Unpickler"
     objects = io.BytesIO()
     np.save(objects, np.array([{}], dtype=object), allow_pickle=True)
     yield "objects", archive({"a.npy": objects.getvalue()[:-10] + bare}), "a.npy is of object"
@@ -198,6 +216,21 @@ def bombs() -> Iterator[tuple[str, Callable[[], bytes], str]]:
     yield "long_number", lambda: saved(b"\x80\x02\x8b" + struct.pack("<L", 2**20) + b"\x7f" * 2**20 + b"."), "LONG4"
     yield "digits", lambda: saved(b"\x80\x02I" + b"9" * 2**20 + b"\n."), "damaged before byte"
     yield "shared_names", lambda: saved(b"\x80\x02" + tensor() + b"q\x010}(" + shared + b"u."), "POP"
+    numerous = b"".join(text(f"w{i}") + b"h\x01" for i in range(100_001))
+    shared_modules = module()  # 2 ** 30 of them, by two attributes of each
+    for _ in range(30):
+        inner = shared_modules + b"q\x01"
+        shared_modules = name("__torch__.M") + b")\x81}(" + text("a") + inner + text("b") + b"h\x01ub"
+    nested = b"".join(name("__torch__.M") + b")\x81}" + text("a") for _ in range(20_000))
+    yield "modules_shared", lambda: scripted(shared_modules), "more than 100000 attributes"
+    yield "module_in_itself", lambda: scripted(name("__torch__.M") + b")\x81q\x00}" + text("a") + b"h\x00sb"), "deeper"
+    yield "modules_nested", lambda: scripted(nested + b"N" + b"sb" * 20_000), "nested deeper than 64"
+    yield (
+        "module_attributes",
+        lambda: scripted(name("__torch__.M") + b")\x81}(" + text("w") + tensor() + b"q\x01" + numerous + b"ub"),
+        "more than 100000 attributes",
+    )
+    yield "module_name", lambda: scripted(module(**{"w" * 2**20: tensor()})), "no name of one"
     yield "array_shape", lambda: described("(1099511627776,)"), "its data are 8 bytes"
     yield "array_dimensions", lambda: described(f"({'1,' * 70})", data=bytes(4)), "its data are 4 bytes"
     yield "array_header", lambda: archive({"a.npy": array(b"(" * 60_000)}), "a header of 60000 bytes"
@@ -256,6 +289,25 @@ def broken() -> Iterator[tuple[str, bytes, str]]:
     yield "too_few", saved(b"\x80\x02\x87."), "too few items"
     yield "no_mark", saved(b"\x80\x02Nt."), "damaged before byte"
     yield "not_known", saved(b"\x80\x02h\x05."), "damaged before byte"
+    yield "script_number", scripted(number(3)), "contains code: x/code/__torch__.py"
+    yield (
+        "script_state",
+        scripted(state(w=tensor())[2:-1]),
+        r"contains code: x/code/__torch__.py \(TorchScript\), and no",
+    )
+    yield "script_empty", scripted(module(training=b"\x88")), "its modules have no tensors"
+    yield "script_called", scripted(name("__torch__.M") + b")R"), "a call of something that is not to be called"
+    yield "script_tuple", scripted(name("__torch__.M") + b")\x81)b"), "attributes of a module that are not told once"
+    yield "script_twice", scripted(module(a=tensor()) + b"}" + text("b") + b"Nsb"), "that are not told once"
+    yield "script_name", scripted(module(**{"a.b": tensor()})), "attribute 'a.b', which is no name"
+    yield "script_number_name", scripted(name("__torch__.M") + b")\x81}" + number(1) + b"Nsb"), "attribute 1, which"
+    yield "script_storage", scripted(module(w=tensor(key="7"))), "no record 'x/data/7'"
+    yield "script_short", scripted(module(w=tensor(size=3))), "x/data/0 has 8 bytes, expected 3 of torch.float32"
+    yield "script_behind", scripted(module(w=tensor(offset=1))), "not within its storage of 2"
+    yield "script_other", scripted(module(w=tensor()), **{"x/extra/a": b""}), "x/extra/a: it is not what"
+    yield "script_other_root", scripted(module(w=tensor()), **{"y/code/a.py": b""}), "y/code/a.py: it is not what"
+    yield "script_code_cut", deflated_code(b"x" * 10_000).replace(b"PK\7\x08", b"PK\7\7"), "in the directory and"
+    yield "script_data", archive(records(b"." * 99, **{"x/code/a.py": b""}), zipfile.ZIP_DEFLATED), "is compressed"
     yield "array_objects", described("(1,)", "|O"), "objects would be code"
     yield "array_record", described("(1,)", "f4,f4"), "objects would be code"
     yield "array_big_endian", described("(2,)", ">f4"), "expected plain little-endian numbers"
@@ -270,6 +322,23 @@ def broken() -> Iterator[tuple[str, bytes, str]]:
         tensors({"w": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}),
         "is of torch.complex64",
     )
+
+
+def deflated_code(content: bytes) -> bytes:
+    """An archive of `torch.jit.save` as it writes longer code, compressed, its sizes behind it."""
+
+    class Pipe(io.BytesIO):
+        """A file in which nothing can be written over."""
+
+        def tell(self) -> int:
+            raise OSError
+
+    file = Pipe()
+    with zipfile.ZipFile(file, "w") as made:
+        for key, value in records(b"\x80\x02" + module(w=tensor()) + b".", **{"x/constants.pkl": b""}).items():
+            made.writestr(key, value)
+        made.writestr("x/code/__torch__.py", content, zipfile.ZIP_DEFLATED)
+    return file.getvalue()
 
 
 def shifted(end: bytes, by: int) -> bytes:

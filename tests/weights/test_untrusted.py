@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from multiway.errors import ConversionError, MissingInputError
+from multiway.weights.archive import Archive
 from multiway.weights.untrusted import read_published
 from tests.weights import hostile
 
@@ -116,6 +117,66 @@ def test_a_snapshot_of_a_training_run_gives_its_weights_alone(tmp_path: Path, mo
     assert found.beside["yacs.config.CfgNode"] == "2 times, not made"
 
 
+class Part(torch.nn.Module):
+    """A norm and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(x))
+
+
+class Whole(torch.nn.Module):
+    """Parts, a parameter that is used twice, buffers, settings, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = torch.nn.Sequential(Part(), torch.nn.ReLU(), Part())
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("vocab_size", torch.tensor(49408))
+        self.width, self.name, self.sizes, self.unused = 4, "whole", [1, 2], None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts(x) * self.scale + torch.arange(4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_what_torch_script_saves_is_read_to_the_bit(way: str, tmp_path: Path) -> None:
+    model = Whole().eval()
+    made = torch.jit.script(model) if way == "script" else torch.jit.trace(model, torch.ones(2, 4))
+    made.half().save(tmp_path / "model.pt")
+    want = torch.jit.load(tmp_path / "model.pt").state_dict()
+    with zipfile.ZipFile(tmp_path / "model.pt") as file:
+        assert any(info.compress_type for info in file.infolist()), "longer code is compressed"
+    found = read_published(tmp_path / "model.pt")
+    assert (found.format, found.wrapper) == ("torchscript", "")
+    assert found.state.keys() == want.keys() and found.state["scale"].dtype == torch.float16
+    for name, tensor in found.state.items():
+        assert tensor.dtype == want[name].dtype and tensor.shape == want[name].shape and same(tensor, want[name]), name
+    assert found.beside["training (bool)"] == f"an attribute, {sum(1 for _ in model.modules())} times"
+    assert found.beside["code and constants"].endswith("records, not read")
+
+
+@pytest.mark.parametrize("way", ["stored", "compressed"])
+def test_the_code_of_torch_script_is_not_read(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, own = tmp_path / "model.pt", [], Archive.read
+    code, constants = b"import os; os.system('touch canary')", b"cos\nsystem\n"
+    stored = {"x/code/__torch__.py": code, "x/constants.pkl": constants}
+    made = hostile.scripted(hostile.module(w=hostile.tensor()), **stored)
+    path.write_bytes(made if way == "stored" else hostile.deflated_code(code * 100))
+
+    def noted(archive: Archive, name: str) -> bytearray:
+        read.append(name)
+        return own(archive, name)
+
+    monkeypatch.setattr(Archive, "read", noted)
+    assert read_published(path).state["w"].tolist() == [1, 2]
+    assert read == ["x/data.pkl", "x/data/0"]
+
+
 def test_what_parallel_training_puts_before_names_is_taken_off(tmp_path: Path) -> None:
     torch.save({"module.a": torch.ones(1), "module.b.c": torch.ones(1)}, tmp_path / "w.pth")
     assert list(read_published(tmp_path / "w.pth").state) == ["a", "b.c"]
@@ -167,7 +228,7 @@ def test_arrays_are_read_to_the_bit(tmp_path: Path) -> None:
 
 def test_a_folder_in_parts_is_read_whole(tmp_path: Path) -> None:
     want = {name: torch.randn(3) for name in "abc"}
-    with pytest.raises(MissingInputError, match=r"no folder with model.safetensors or pytorch_model.bin"):
+    with pytest.raises(MissingInputError, match=r"no folder with .*model.safetensors, .* or pytorch_model.bin"):
         read_published(tmp_path)
     for suffix, save in ((".bin", torch.save), (".safetensors", save_file)):
         stem = "pytorch_model" if suffix == ".bin" else "model"

@@ -102,7 +102,7 @@ class DualModel(nn.Module):
         """
         seen, read = (None, None) if draws is None else (draws[:, : len(image)], draws[:, len(image) :])
         pictures = self.encoder.vision(self.pixels(image), keep, self.own(seen, self.encoder.vision))
-        texts = self.encoder.language(text, texts_of(plan), self.own(read, self.encoder.language))
+        texts = self.encoder.language(text, plan.of("text"), self.own(read, self.encoder.language))
         return self.embed(pictures, "image"), self.embed(texts, "text")
 
     def own(self, draws: Tensor | None, tower: Any) -> Tensor | None:
@@ -137,16 +137,3 @@ class DualModel(nn.Module):
     def no_decay(self, name: str) -> bool:
         """Matrices without weight decay: those that are a lone vector."""
         return name.endswith(("cls_token", "probe"))
-
-
-def texts_of(plan: Plan) -> Plan:
-    """The plan of the texts alone of a batch whose texts come last, as a plan of its own."""
-    start, stop = plan.extent("text")
-    sample = plan.sample[start:stop]
-    return Plan(
-        tuple(s for s in plan.segments if s.kind == "text"),
-        tuple(g for g in plan.groups if g.kind == "text"),
-        plan.position[start:stop],
-        sample - (plan.samples - len(plan.starts["text"])),
-        {"text": plan.starts["text"] - start},
-    )

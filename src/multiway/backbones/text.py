@@ -87,7 +87,18 @@ def build_text(
     eps: float = 1e-5,
     activation: Activation = "gelu",
 ) -> TextTransformer:
-    """Assemble one; ``longest``: most tokens of a text; ``drop_path``: rate of the last block, rising from 0."""
+    """Assemble one; ``longest``: most tokens of a text; the rest as `build_blocks`."""
+    blocks = build_blocks(
+        dim=dim, depth=depth, heads=heads, hidden=hidden, drop_path=drop_path, eps=eps, activation=activation
+    )
+    positions, norm = nn.Parameter(torch.zeros(longest, dim)), nn.LayerNorm(dim, eps=eps)
+    return TextTransformer(nn.Embedding(vocab, dim), positions, blocks, norm, Linear(dim, out, bias=False))
+
+
+def build_blocks(
+    *, dim: int, depth: int, heads: int, hidden: int, drop_path: float, eps: float, activation: Activation = "gelu"
+) -> list[Block]:
+    """Pre-norm blocks over packed rows of one modality; ``drop_path``: rate of the last block, rising from 0."""
 
     def norm() -> nn.Module:
         return nn.LayerNorm(dim, eps=eps)
@@ -100,5 +111,4 @@ def build_text(
         qkv = Multiway(lambda: NormLinear(norm(), Linear(dim, 3 * dim)), ALL)
         attention = Attention(qkv, Multiway(lambda: Linear(dim, dim), ALL), heads)
         blocks.append(Block(attention, Multiway(ffn, ALL), drop_path * layer / max(1, depth - 1)))
-    positions = nn.Parameter(torch.zeros(longest, dim))
-    return TextTransformer(nn.Embedding(vocab, dim), positions, blocks, norm(), Linear(dim, out, bias=False))
+    return blocks

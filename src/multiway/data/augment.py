@@ -98,6 +98,7 @@ def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Op:
 
 
 OPS: Mapping[str, Op] = {
+    "identity": lambda picture, x, s, fill: picture,
     "auto_contrast": lambda picture, x, s, fill: ImageOps.autocontrast(picture),
     "equalize": lambda picture, x, s, fill: ImageOps.equalize(picture),
     "invert": lambda picture, x, s, fill: ImageOps.invert(picture),
@@ -114,16 +115,19 @@ OPS: Mapping[str, Op] = {
     "translate_x": _affine(lambda xs, width, height: (1, 0, 0.45 * xs * width, 0, 1, 0)),
     "translate_y": _affine(lambda xs, width, height: (1, 0, 0, 0, 1, 0.45 * xs * height)),
 }
-"""What RandAugment draws from: the ops that grow stronger with the magnitude (timm's ``inc1``)."""
+"""Changes of pictures, of which those that have a strength grow stronger with the magnitude (timm's ``inc1``)."""
+
+USUAL = tuple(name for name in OPS if name != "identity")
+"""What RandAugment draws from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
     """Random changes of colour and shape: ``augment(image, rng)`` maps uint8 (3, H, W) to uint8 (3, H, W).
 
-    ``ops`` of OPS are drawn with replacement, each is applied with probability ``chance``, at a magnitude from
-    N(``magnitude``, ``deviation``) clipped to [0, 10]; ``fill``: the colour 0 to 255 of what comes into view, the mean
-    of the data. Source: vision.md 2.3, timm's ``rand-m9-mstd0.5-inc1``.
+    ``ops`` of ``names`` (in OPS) are drawn with replacement, each is applied with probability ``chance``, at a magnitude
+    from N(``magnitude``, ``deviation``) clipped to [0, 10]; ``fill``: the colour 0 to 255 of what comes into view, the
+    mean of the data. Source: vision.md 2.3, timm's ``rand-m9-mstd0.5-inc1``.
     """
 
     ops: int = 2
@@ -131,14 +135,25 @@ class RandAugment:
     deviation: float = 0.5
     chance: float = 0.5
     fill: Fill = (124, 116, 104)
+    names: tuple[str, ...] = USUAL
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Return the changed picture; what is taken from ``rng`` does not depend on it."""
-        which = rng.integers(len(OPS), size=self.ops)
+        which = rng.integers(len(self.names), size=self.ops)
         applied = rng.random(self.ops) < self.chance
         strength = np.clip(rng.normal(self.magnitude, self.deviation, self.ops), 0, 10) / 10
         sign = rng.choice((-1.0, 1.0), self.ops)
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         for i in np.flatnonzero(applied):
-            picture = list(OPS.values())[which[i]](picture, float(strength[i]), float(sign[i]), self.fill)
+            picture = OPS[self.names[which[i]]](picture, float(strength[i]), float(sign[i]), self.fill)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+PAIRED = RandAugment(
+    magnitude=7.0, deviation=0.0, fill=(128, 128, 128),
+    names=(
+        "identity", "auto_contrast", "equalize", "brightness", "sharpness", "shear_x", "shear_y", "translate_x",
+        "translate_y", "rotate",
+    ),
+)  # fmt: skip
+"""For pictures with texts, whose colours must stay (masked.md 6.4); strengths are those of the ops above."""

@@ -22,14 +22,16 @@ class Sample:
     """One record as the loader hands it over.
 
     ``image``: uint8 (3, H, W) or None; ``text``: int (N,) ids without specials, or None; ``code``: int64 (P,) visual
-    tokens of exactly this view, or None; ``label``: number of its class, or None; ``record``: its number in its source;
-    ``rng``: the sample's own generator, a function of (seed, epoch, record).
+    tokens of exactly this view, or None; ``label``: number of its class, or None; ``match``: whether its picture and
+    its text belong together; ``record``: its number in its source; ``rng``: the sample's own generator, a function of
+    (seed, epoch, record).
     """
 
     image: Tensor | None = None
     text: np.ndarray | None = None
     code: Tensor | None = None
     label: int | None = None
+    match: bool = True
     record: int = 0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -41,8 +43,8 @@ Samples = Mapping[str, Sequence[Sample]]
 @dataclass(frozen=True, kw_only=True)
 class Words:
     """The ids collate needs of a text vocabulary: ``<s>`` and ``<mask>``, -1 where it has none, ``</s>``, the range
-    [first, stop) of words; and the greatest number of tokens, with the specials, of a text of a pair (``longest``) and
-    alone (``window``)."""
+    [first, stop) of words; the greatest number of tokens, with the specials, of a text of a pair (``longest``) and
+    alone (``window``); ``begins``: bool (vocab,), True = this piece begins a word, None = not known."""
 
     bos: int
     eos: int
@@ -51,10 +53,18 @@ class Words:
     stop: int
     longest: int
     window: int
+    begins: np.ndarray | None = field(default=None, compare=False)
 
     def framed(self, ids: np.ndarray, kind: str) -> np.ndarray:
         """``<s> ids </s>`` as int64, cut to the longest of its kind."""
         return framed(ids, self.bos, self.eos, self.window if kind == "text" else self.longest)
+
+    def require_hiding(self, whole: bool) -> None:
+        """Raise ConfigError unless words can be hidden, or whole words."""
+        if self.mask_id < 0:
+            raise ConfigError("this tokenizer has no <mask>, so no words can be hidden: take another tokenizer")
+        if whole and self.begins is None:
+            raise ConfigError("this tokenizer's pieces do not tell where words begin, so none can be hidden whole")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +74,9 @@ class MaskedCollate:
     ``grid``: (rows, columns) of patches; ``image_ratio``: share of patches hidden; ``text_ratio``, ``pair_ratio``:
     share of words hidden in texts alone and in texts of pairs; ``branches``: residual branches that stochastic depth
     may drop (2 L), 0 = no draws. ``contrast``: also lay out picture and text of every pair apart, nothing hidden, to be
-    matched with each other; then a pair is read jointly and hidden with probability ``joint``.
+    matched with each other; then a pair is read jointly and hidden with probability ``joint``. ``whole_words``: kinds
+    whose words are hidden whole, else piece by piece; ``leading``: tokens in front of the patches of a picture that is
+    read with a text; ``match``: also say of every such pair whether it is one: of others nothing is to be predicted.
     """
 
     words: Words
@@ -75,44 +87,52 @@ class MaskedCollate:
     branches: int = 0
     contrast: bool = False
     joint: float = 1.0
+    whole_words: frozenset[str] = frozenset()
+    leading: int = 1
+    match: bool = False
 
     def __post_init__(self) -> None:
-        if self.words.mask_id < 0:
-            raise ConfigError("this tokenizer has no <mask>, so no words can be hidden: take another tokenizer")
+        self.words.require_hiding(bool(self.whole_words))
 
     def __call__(self, samples: Samples) -> Batch:
         """Draw what is hidden from each sample's generator and lay everything out."""
         layout = self.layout(samples)
         lengths: dict[str, dict[str, list[int]]] = {}
         patches = self.grid[0] * self.grid[1]
-        hides, texts, hidden, targets = [], [], [], []
+        hides, predicted, texts, hidden, targets = [], [], [], [], []
         before = 0  # text tokens of earlier samples
         for kind, entries in layout.items():
             lengths[kind] = {}
             for sample, hides_some in entries:
                 if kind != "text":
                     hides.append(self.hide_patches(sample.rng) if hides_some else np.zeros(patches, dtype=bool))
-                    lengths[kind].setdefault("image", []).append(patches + 1)
+                    predicted.append(sample.match)
+                    leading = self.leading if kind == "pair" else 1
+                    lengths[kind].setdefault("image", []).append(patches + leading)
                 if kind != "image":
                     ids = self.words.framed(_text(sample), kind)
                     shown, places = self.hide_words(ids, kind, sample.rng) if hides_some else (ids, ids[:0])
                     lengths[kind].setdefault("text", []).append(len(ids))
                     texts.append(shown)
-                    hidden.append(places + before)
-                    targets.append(ids[places])
+                    if sample.match:
+                        hidden.append(places + before)
+                        targets.append(ids[places])
                     before += len(ids)
         flat = {kind: [sample for sample, _ in entries] for kind, entries in layout.items()}
         batch: Batch = {"plan": make_plan(lengths), **basics(flat, self.branches)}
         if hides:
             hide = np.stack(hides)
             batch["image_hide"] = torch.from_numpy(hide)
-            batch["image_hidden"] = torch.from_numpy(np.flatnonzero(hide))
+            batch["image_hidden"] = torch.from_numpy(np.flatnonzero(hide & np.array(predicted)[:, None]))
         if texts:
+            nothing = np.zeros(0, dtype=np.int64)
             batch["text"] = torch.from_numpy(np.concatenate(texts))
-            batch["text_hidden"] = torch.from_numpy(np.concatenate(hidden))
-            batch["text_target"] = torch.from_numpy(np.concatenate(targets))
+            batch["text_hidden"] = torch.from_numpy(np.concatenate([nothing, *hidden]))
+            batch["text_target"] = torch.from_numpy(np.concatenate([nothing, *targets]))
+        if self.match:
+            batch["match"] = torch.tensor([s.match for s, _ in layout.get("pair", ())], dtype=torch.bool)
         if self.contrast:
-            count, pairs = len(samples["pair"]), len(layout.get("pair", ()))
+            count, pairs = len(samples.get("pair", ())), len(layout.get("pair", ()))
             batch["image_match"] = torch.arange(count) + len(samples.get("image", ()))
             batch["text_match"] = torch.arange(count) + pairs + len(samples.get("text", ()))
         return batch
@@ -121,10 +141,10 @@ class MaskedCollate:
         """Samples by kind in plan order, each with whether something of it is hidden."""
         layout = {kind: [(sample, True) for sample in samples.get(kind, ())] for kind in ("image", "pair", "text")}
         if self.contrast:
-            apart = [(sample, False) for sample in samples["pair"]]
+            apart = [(sample, False) for sample in samples.get("pair", ())]
             layout["image"] += apart
             layout["text"] += apart
-            layout["pair"] = [(s, True) for s in samples["pair"] if s.rng.random() < self.joint]
+            layout["pair"] = [(s, True) for s in samples.get("pair", ()) if s.rng.random() < self.joint]
         return {kind: entries for kind, entries in layout.items() if entries}
 
     def hide_patches(self, rng: np.random.Generator) -> np.ndarray:
@@ -135,7 +155,8 @@ class MaskedCollate:
     def hide_words(self, ids: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Corrupted ids of one text and its hidden places, at the ratio of its kind."""
         ratio = self.pair_ratio if kind == "pair" else self.text_ratio
-        return hide_words(ids, ratio, (self.words.first, self.words.stop), self.words.mask_id, rng)
+        begins = self.words.begins if kind in self.whole_words else None
+        return hide_words(ids, ratio, (self.words.first, self.words.stop), self.words.mask_id, rng, begins)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +187,39 @@ class DualCollate:
             drawn = np.stack([sample.rng.permutation(patches)[:kept] for sample in pairs])
             batch["image_keep"] = torch.from_numpy(np.sort(drawn, axis=1))
         batch["text"] = torch.from_numpy(np.concatenate(texts))
+        return batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchCollate(DualCollate):
+    """As `DualCollate`, with words of every text hidden, and draws that choose other partners for every pair.
+
+    ``ratio``: share of the words that are hidden; ``whole_words``: whole ones, else piece by piece.
+    """
+
+    ratio: float = 0.15
+    whole_words: bool = False
+
+    def __post_init__(self) -> None:
+        self.words.require_hiding(self.whole_words)
+
+    def __call__(self, samples: Samples) -> Batch:
+        """Lay out the pairs apart, then hide words and draw."""
+        batch, ordinary = super().__call__(samples), (self.words.first, self.words.stop)
+        begins = self.words.begins if self.whole_words else None
+        texts, hidden, targets, before = [], [], [], 0
+        for sample in samples["pair"]:
+            ids = self.words.framed(_text(sample), "pair")
+            shown, places = hide_words(ids, self.ratio, ordinary, self.words.mask_id, sample.rng, begins)
+            texts.append(shown)
+            hidden.append(places + before)
+            targets.append(ids[places])
+            before += len(ids)
+        batch["text"] = torch.from_numpy(np.concatenate(texts))
+        batch["text_hidden"] = torch.from_numpy(np.concatenate(hidden))
+        batch["text_target"] = torch.from_numpy(np.concatenate(targets))
+        draws = [sample.rng.random(2, dtype=np.float32) for sample in samples["pair"]]
+        batch["match_draw"] = torch.from_numpy(np.stack(draws))
         return batch
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from multiway.data import columns
+from multiway.data import annotations, columns
 from multiway.data.columns import Columns, Table, string
 from multiway.data.image import DEFAULT_LIMITS, Limits
 from multiway.data.indexed import FORMAT, Index, Source, describe, digest, overlap
-from multiway.data.records import HASH_BYTES, Fingerprint
+from multiway.data.records import HASH_BYTES, Example, Fingerprint
 from multiway.data.scan import Measured, Report, scan
 from multiway.data.sources import RawSource, discover
 from multiway.data.text import TextTokenizer
@@ -35,7 +35,10 @@ UNKNOWN_SHARE = 0.05  # of the tokens, above which a source is warned of
 PICTURE = {"file": ("<i4",), "offset": ("<i8",), "length": ("<i8",), "width": ("<i4",), "height": ("<i4",)}
 PICTURE |= {"hash": ("u1", HASH_BYTES), "label": ("<i4",), "key": ("u1",), "key_end": ("<i8",)}
 STRINGS = {"string": ("u1",), "string_end": ("<i8",)}
-LAYOUTS = {"image": PICTURE, "pair": PICTURE | STRINGS | {"caption_end": ("<i8",)}, "text": STRINGS}
+CAPTIONS = STRINGS | {"caption_end": ("<i8",)}
+ANSWERS = {"picture_end": ("<i8",), "answer": ("<i4",), "answer_end": ("<i8",)}
+SEEN = {name: row for name, row in PICTURE.items() if name != "label"}
+LAYOUTS = {"image": PICTURE, "pair": PICTURE | CAPTIONS, "text": STRINGS, "example": SEEN | CAPTIONS | ANSWERS}
 TOKENS = {"token": ("<i4",), "token_end": ("<i8",)}
 FILES = {"name": ("u1",), "name_end": ("<i8",), "root": ("<i4",), "size": ("<i8",), "mtime_ns": ("<i8",)}
 
@@ -48,6 +51,7 @@ def build(
     out: Path | str,
     *,
     split: str | None = None,
+    task: str | None = None,
     tokenizer: TextTokenizer | None = None,
     vocab: int = 8192,
     window: int = 512,
@@ -61,6 +65,8 @@ def build(
     """Read every record of ``roots`` once and write the index ``out``, whole or not at all; an older one is replaced.
 
     ``roots``: a file or folder, or several, read as `multiway.data.sources` says; ``split``: the part named so.
+    ``task``: ``vqa``, ``nlvr2``, ``entailment`` or ``text_classification`` = read labelled examples of it, as
+    `multiway.data.annotations` says; None = pictures and texts to train on.
     ``tokenizer``: None = train one of ``vocab`` ids on the texts. ``window``: longest run of text-only tokens with its
     two specials: documents are joined by ``</s>`` and cut every ``window - 2`` ids, wherever a sentence ends.
     ``missing``: ``"count"`` = a picture that is not there is a bad record, ``"skip"`` = it is listed all the same, but
@@ -72,7 +78,7 @@ def build(
     when the disk refuses.
     """
     out = Path(out)
-    sources = _sources(roots, split, missing)
+    sources = _sources(roots, split, missing, task)
     if window < 3 or (out.exists() and not (out / "manifest.json").is_file()):
         problem = f"a window of {window} ids" if window < 3 else f"{out}, which is there and is no index"
         raise ConfigError(f"cannot write an index with {problem}: expected a window of 3 or more and a new folder")
@@ -81,7 +87,7 @@ def build(
     rejected = out.with_name(f"{out.name}.rejected")
     try:
         temporary.mkdir(parents=True)
-        writer = _Writer(temporary)
+        writer = _Writer(temporary, task)
         for source, measured in scan(sources, report, limits=limits, workers=workers, progress=progress):
             writer.add(source, measured)
         shutil.rmtree(rejected, ignore_errors=True)
@@ -105,6 +111,7 @@ def check(
     roots: Roots,
     *,
     split: str | None = None,
+    task: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     missing: str = "count",
     workers: int = 0,
@@ -112,16 +119,19 @@ def check(
 ) -> Report:
     """The pass that `build` makes, without writing anything: what is there, and every fault."""
     report = Report(missing_counts=missing == "count")
-    for _ in scan(_sources(roots, split, missing), report, limits=limits, workers=workers, progress=progress):
+    for _ in scan(_sources(roots, split, missing, task), report, limits=limits, workers=workers, progress=progress):
         pass
     return report
 
 
-def _sources(roots: Roots, split: str | None, missing: str) -> list[RawSource]:
+def _sources(roots: Roots, split: str | None, missing: str, task: str | None) -> list[RawSource]:
     """The raw sources of all roots, under names that occur once."""
     if missing not in ("count", "skip"):
         raise ConfigError(f"missing={missing!r}: expected 'count' or 'skip'")
-    found = [s for root in ([roots] if isinstance(roots, (str, Path)) else roots) for s in discover(root, split)]
+    folders = [roots] if isinstance(roots, (str, Path)) else roots
+    found: list[RawSource] = []
+    for root in folders:
+        found += discover(root, split) if task is None else annotations.discover(root, task, split)
     names: dict[str, int] = {}
     for i, source in enumerate(found):
         names[source.name] = names.get(source.name, 0) + 1
@@ -157,8 +167,8 @@ def _sync(path: Path) -> None:
 class _Writer:
     """An index being written: one table per source and kind, and one of all files."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, task: str | None) -> None:
+        self.folder, self.task = folder, task
         self.parts: dict[tuple[str, str], tuple[RawSource, Table]] = {}
         self.files = Table(folder, "files", FILES)
         self.numbers: dict[tuple[Path, str], int] = {}
@@ -172,22 +182,30 @@ class _Writer:
             table = Table(self.folder, str(len(self.parts)), LAYOUTS[kind])
             self.parts[source.name, kind] = source, table
         table = self.parts[source.name, kind][1]
-        if good.span and good.size and good.fingerprint and good.image_hash:
-            label = good.record.label
+        for picture in good.pictures:
             table.add(
-                file=self._file(good.record.root, good.span.file, good.fingerprint),
-                offset=good.span.offset,
-                length=good.span.length or 0,
-                width=good.size[0],
-                height=good.size[1],
-                hash=np.frombuffer(good.image_hash, np.uint8),
-                label=-1 if label is None else self.labels.setdefault(label, len(self.labels)),
+                file=self._file(good.record.root, picture.span.file, picture.fingerprint),
+                offset=picture.span.offset,
+                length=picture.span.length or 0,
+                width=picture.size[0],
+                height=picture.size[1],
+                hash=np.frombuffer(picture.hash, np.uint8),
             )
+        if kind != "text":
             table.add_strings("key", [good.record.where.key])
         if good.texts:
             table.add_strings("string", good.texts)
-        if kind == "pair":
+        if "caption_end" in table.columns:
             table.add(caption_end=table.columns["string_end"].rows)
+        if isinstance(good.record, Example):
+            table.columns["answer"].extend([self._label(answer) for answer in good.record.answers])
+            table.add(answer_end=table.columns["answer"].rows, picture_end=table.columns["file"].rows)
+        elif "label" in table.columns:
+            table.add(label=-1 if good.record.label is None else self._label(good.record.label))
+
+    def _label(self, name: str) -> int:
+        """Number of a label, in the order they were found in."""
+        return self.labels.setdefault(name, len(self.labels))
 
     def _file(self, root: Path, name: str, fingerprint: Fingerprint) -> int:
         """Number of a picture's file, with the fingerprint it had when it was first read."""
@@ -222,13 +240,15 @@ class _Writer:
                 for column in STRINGS:
                     (self.folder / files.pop(column)["file"]).unlink()
             else:
-                path = self.folder / files["label"]["file"]
+                column = "answer" if kind == "example" else "label"
+                path = self.folder / files[column]["file"]
                 np.save(path, rank[np.load(path)])
-                files["label"] = columns.entry(path)
+                files[column] = columns.entry(path)
             sources.append(row | {"columns": files})
         used = tokenizer.hash if tokenizer is not None and any(texts) else None
         self._write_manifest(
-            {"format": FORMAT, "window": window, "tokenizer": used, "labels": labels, "sources": sources},
+            {"format": FORMAT, "window": window, "tokenizer": used, "labels": labels, "sources": sources}
+            | ({"task": self.task} if self.task else {}),
             limits,
             report,
         )

@@ -12,10 +12,13 @@ column                        type, shape                 meaning
 ``hash``                      uint8 (N, 16)               BLAKE2b of the picture's bytes
 ``label``                     int32 (N,)                  number in ``Index.labels``; -1 = none
 ``key key_end``               uint8, int64 (N,)           the record's name
-``caption_end``               int64 (N,)                  pairs: number of captions up to and with this record
+``caption_end``               int64 (N,)                  pairs, examples: captions (texts) up to and with this record
 ``string string_end``         uint8, int64 (M,)           pairs: the captions
 ``token token_end``           int32, int64 (M,)           pairs: their ids without specials
 ``token``                     int32 (T,)                  texts: the ids of all documents, ``</s>`` after each
+``picture_end answer_end``    int64 (N,)                  examples: pictures, and answers, up to and with this record;
+                                                          columns of pictures have a row for each of them
+``answer``                    int32 (A,)                  examples: numbers in ``Index.labels``
 ============================  ==========================  ==========================================================
 """
 
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -109,11 +112,12 @@ class Source:
 
     def size(self, i: int) -> tuple[int, int]:
         """Height and width of the upright picture, in pixels."""
-        return int(self._columns["height"][i]), int(self._columns["width"][i])
+        row = self._picture(i)
+        return int(self._columns["height"][row]), int(self._columns["width"][row])
 
     def image_hash(self, i: int) -> bytes:
         """BLAKE2b-128 of the picture's encoded bytes."""
-        return self._columns["hash"][i].tobytes()
+        return self._columns["hash"][self._picture(i)].tobytes()
 
     def image(self, i: int, px: int | None = None, decoder: Decoder = "pillow") -> Tensor:
         """The picture, uint8 (3, H, W), as `decode` with ``px`` and ``decoder`` gives it.
@@ -121,12 +125,20 @@ class Source:
         Raises RecordError: ``changed`` when its file is no longer the indexed one and neither are its bytes,
         otherwise as `read_bytes`.
         """
-        path, indexed = self._index.file(int(self._columns["file"][i]))
-        length = int(self._columns["length"][i])
+        return self._read(i, self._picture(i), px, decoder)
+
+    def _picture(self, i: int) -> int:
+        """Row of the record's picture in the columns of pictures."""
+        return i
+
+    def _read(self, i: int, row: int, px: int | None, decoder: Decoder) -> Tensor:
+        """The picture of one row, which is record ``i``'s."""
+        path, indexed = self._index.file(int(self._columns["file"][row]))
+        length = int(self._columns["length"][row])
         try:
-            content = read_bytes(path, int(self._columns["offset"][i]), length)
+            content = read_bytes(path, int(self._columns["offset"][row]), length)
             found = content.fingerprint
-            if found != indexed and content_hash(content.data) != self.image_hash(i):
+            if found != indexed and content_hash(content.data) != self._columns["hash"][row].tobytes():
                 raise RecordError(f"changed since it was indexed: was {indexed}, is {found}", reason="changed")
             return decode(content.data, limits=self._index.limits, px=px, decoder=decoder).image
         except RecordError as error:
@@ -150,16 +162,67 @@ class Source:
         return self._columns["token"][start : min(start + self._stride, self._stream)]
 
     def _captions(self, i: int) -> range:
-        if self.kind != "pair":
-            return range(0)
-        ends = self._columns["caption_end"]
-        return range(int(ends[i - 1]) if i else 0, int(ends[i]))
+        return _rows(self._columns["caption_end"], i) if self.kind in ("pair", "example") else range(0)
+
+
+class Examples(Source):
+    """The labelled examples of a task, of one source: kind ``example``.
+
+    Each has as many pictures and as many texts as the others. ``labels``: names of the answers by number, those of its
+    index. `image`, `size` and `image_hash` are those of the first picture, `label` is the only answer.
+    """
+
+    def __len__(self) -> int:
+        return len(self._columns["key_end"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the answers of all sources of the index, as written and in order."""
+        return self._index.labels
+
+    def pictures(self, i: int) -> int:
+        """Number of pictures of example ``i``: 0, 1 or 2."""
+        return len(_rows(self._columns["picture_end"], i))
+
+    def images(self, i: int, px: int | None = None, decoder: Decoder = "pillow") -> list[Tensor]:
+        """Its pictures in order, each as `image` gives one, with the same errors."""
+        return [self._read(i, row, px, decoder) for row in _rows(self._columns["picture_end"], i)]
+
+    def image_hashes(self, i: int) -> list[bytes]:
+        """BLAKE2b-128 of the encoded bytes of each of its pictures."""
+        return [self._columns["hash"][row].tobytes() for row in _rows(self._columns["picture_end"], i)]
+
+    def texts(self, i: int) -> tuple[np.ndarray, ...]:
+        """Ids of its texts in order, int32 (n,) each, without specials."""
+        return tuple(super().texts(i))
+
+    def strings(self, i: int) -> tuple[str, ...]:
+        """Its texts in order."""
+        return tuple(super().strings(i))
+
+    def answers(self, i: int) -> tuple[int, ...]:
+        """Numbers of its answers in `labels`, in the order they were given in; () = nobody answered."""
+        return tuple(piece(self._columns["answer"], self._columns["answer_end"], i).tolist())
+
+    def label(self, i: int) -> int | None:
+        """Number of its answer, or None when it has none or several."""
+        found = self.answers(i)
+        return found[0] if len(found) == 1 else None
+
+    def _picture(self, i: int) -> int:
+        return _rows(self._columns["picture_end"], i)[0]
+
+
+def _rows(ends: np.ndarray, i: int) -> range:
+    """Rows of record ``i`` in a column that has several of each, ending at ``ends``."""
+    return range(int(ends[i - 1]) if i else 0, int(ends[i]))
 
 
 class Index:
     """An index that was built: ``sources``, ``labels``, ``tokenizer`` (None without texts), ``limits``, ``window``.
 
-    ``hash``: identity of all that training reads, wherever it lies; ``manifest``: everything known about it.
+    ``task``: what its examples are examples of, None = it has pictures and texts to train on. ``hash``: identity of all
+    that training reads, wherever it lies; ``manifest``: everything known about it.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], roots: Sequence[Path], verify: bool) -> None:
@@ -167,12 +230,15 @@ class Index:
         self.hash: str = manifest["hash"]
         self.window: int = manifest["window"]
         self.labels: tuple[str, ...] = tuple(manifest["labels"])
+        self.task: str | None = manifest.get("task")
         limits = manifest["limits"]
         self.limits = Limits(**limits | {"formats": tuple(limits["formats"])})
         self.tokenizer = TextTokenizer.load(folder / "tokenizer.json") if manifest["tokenizer"] else None
         self._files = columns.load(folder, manifest["files"], content=verify)
         self.file = lru_cache(FILES)(self._file)  # a shard has many records
-        self.sources = tuple(Source(self, i) for i in range(len(manifest["sources"])))
+        self.sources = tuple(
+            (Examples if entry["kind"] == "example" else Source)(self, i) for i, entry in enumerate(manifest["sources"])
+        )
 
     @classmethod
     def open(cls, folder: Path | str, *, roots: Sequence[Path | str] | None = None, verify: bool = True) -> Index:
@@ -222,14 +288,22 @@ def overlap(a: Index, b: Index) -> list[tuple[str, str]]:
 
     The same picture encoded anew is another one here.
     """
-    pictures = [s for s in a.sources if s.kind != "text"]
-    seen = {source.image_hash(i): (source, i) for source in reversed(pictures) for i in reversed(range(len(source)))}
+    seen: dict[bytes, tuple[Source, int]] = {}
+    for digest, source, i in _hashes(a):
+        seen.setdefault(digest, (source, i))
     found = []
-    for source in (s for s in b.sources if s.kind != "text"):
-        for i in range(len(source)):
-            if (first := seen.get(source.image_hash(i))) is not None:
-                found.append((first[0].key(first[1]), source.key(i)))
+    for digest, source, i in _hashes(b):
+        if (first := seen.get(digest)) is not None:
+            found.append((first[0].key(first[1]), source.key(i)))
     return found
+
+
+def _hashes(index: Index) -> Iterator[tuple[bytes, Source, int]]:
+    """Every picture's hash with the record that shows it."""
+    for source in (s for s in index.sources if s.kind != "text"):
+        for i in range(len(source)):
+            for digest in source.image_hashes(i) if isinstance(source, Examples) else [source.image_hash(i)]:
+                yield digest, source, i
 
 
 def describe(index: Index) -> list[dict[str, str | int]]:
@@ -240,7 +314,8 @@ def describe(index: Index) -> list[dict[str, str | int]]:
         if source.kind != "text":
             cells = entry["columns"]
             sizes = columns.load(index.folder, {n: cells[n] for n in ("width", "height")}, content=False)
-            row["pixels"] = " x ".join(_range(sizes[n]) for n in ("width", "height"))
+            if len(sizes["width"]):
+                row["pixels"] = " x ".join(_range(sizes[n]) for n in ("width", "height"))
         if len(source.token_lengths):
             row["texts"] = len(source.token_lengths)
             row["tokens"] = entry["tokens"]

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.process import BaseProcess
@@ -105,21 +105,47 @@ class Stream:
 class Batches:
     """The batch of every (step, part), a pure function of the two.
 
-    ``streams``: one per kind of sample; ``load`` and ``collate`` see nothing but what the batch needs.
-    Raises ConfigError when no kind has items or a kind occurs twice.
+    ``streams``: one per kind of sample; ``load`` and ``collate`` see nothing but what the batch needs. ``shares``: of
+    steps by kind, which then hold one kind each, in a random order of which every 1,000 steps have exactly these
+    shares; None = every step holds all kinds.
+    Raises ConfigError when no kind has items, a kind occurs twice, or shares name other kinds than have items.
     """
 
-    def __init__(self, streams: Sequence[Stream], load: Load, collate: Collate) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], load: Load, collate: Collate, shares: Mapping[str, float] | None = None
+    ) -> None:
         self.streams = tuple(stream for stream in streams if stream.items > 0)
         self.load = load
         self.collate = collate
+        self.shares = shares
         kinds = [stream.kind for stream in self.streams]
         if not kinds or len(set(kinds)) < len(kinds):
             raise ConfigError(f"kinds of sample with items: {kinds}; expected at least one, each once")
+        if shares is not None and set(shares) != set(kinds):
+            raise ConfigError(f"shares of steps are given for {sorted(shares)}, expected one for each of {kinds}")
+
+    @cached_property
+    def _turns(self) -> Mixture | None:
+        """Whose turn a step is, and how many it had before: kinds of one record each."""
+        if self.shares is None:
+            return None
+        weights = [self.shares[stream.kind] for stream in self.streams]
+        return Mixture([1] * len(weights), weights, fold(self.streams[0].seed, "shares"), [None] * len(weights))
+
+    def due(self, step: int) -> list[tuple[Stream, int]]:
+        """The streams a step takes from, each with the number of steps before that did."""
+        if self._turns is None:
+            return [(stream, step) for stream in self.streams]
+        kind, before = self._turns.turn(step)
+        return [(self.streams[kind], before)]
+
+    def items(self, step: int) -> int:
+        """Samples of a step over all its parts."""
+        return sum(stream.items for stream, _ in self.due(step))
 
     def places(self, step: int, part: int = 0, parts: int = 1) -> dict[str, list[Place]]:
         """Where the samples of one part of a step come from, by kind; raises ConfigError as `Stream.places`."""
-        return {stream.kind: stream.places(step, part, parts) for stream in self.streams}
+        return {stream.kind: stream.places(turn, part, parts) for stream, turn in self.due(step)}
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Batch, list[Fault]]:
         """The batch of one part of a step, and the records that could not be loaded for it.
@@ -128,8 +154,8 @@ class Batches:
         """
         faults: list[Fault] = []
         samples: dict[str, list[Any]] = {}
-        for stream in self.streams:
-            places = stream.places(step, part, parts)
+        for stream, turn in self.due(step):
+            places = stream.places(turn, part, parts)
             samples[stream.kind] = [self._sample(stream, place, step, faults) for place in places]
         return self.collate(samples), faults
 
@@ -213,7 +239,8 @@ def iterate(
     Raises ConfigError at once when a step cannot be shared so; DataError when a batch cannot be loaded, or when a
     worker dies or exceeds the timeout, naming the worker and what it was loading.
     """
-    batches.places(0, 0, micros * world)
+    for stream in batches.streams:
+        stream.places(0, 0, micros * world)
     dataset = _MicroBatches(batches, steps, micros, rank, world, workers)
     loader = DataLoader(
         dataset,
@@ -234,7 +261,7 @@ class _MicroBatches(Dataset):
     """The micro-batches of one process by number, and a ledger of what each worker is loading."""
 
     def __init__(self, batches: Batches, steps: range, micros: int, rank: int, world: int, workers: int) -> None:
-        self.batches = Batches(batches.streams, self._load, batches.collate)
+        self.batches = Batches(batches.streams, self._load, batches.collate, batches.shares)
         self.steps, self.micros, self.rank, self.world = steps, micros, rank, world
         self._inner_load = batches.load
         self._kinds = [stream.kind for stream in batches.streams]

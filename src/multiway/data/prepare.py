@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from multiway.data import builtin
+from multiway.data import annotations, builtin
 from multiway.data.collate import Sample, Words
 from multiway.data.embedded import Digits, Scenes
 from multiway.data.image import Decoder, View, colour_jitter
@@ -39,6 +39,9 @@ HELD_OUT_DIGITS = 1000
 
 EXAMPLES = 3
 """Records named in an error about many."""
+
+TRIES = 8
+"""Records that are asked for a text which does not belong to another one."""
 
 FIT_PICTURES, FIT_PATCHES = 4_000, 20_000
 """Pictures and patches a patch codebook is fitted on."""
@@ -80,10 +83,15 @@ class Corpus:
         t = self.tokenizer
         if t is None:
             raise ConfigError(f"{data.root} has no texts and data.tokenizer names none: masked words need one")
-        return Words(
-            bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.words[0], stop=t.words[1],
-            longest=data.text_tokens, window=data.window,
-        )  # fmt: skip
+        return words_of(t, data)
+
+
+def words_of(t: TextTokenizer, data: Data) -> Words:
+    """What collate needs to know of a tokenizer's vocabulary."""
+    return Words(
+        bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.words[0], stop=t.words[1],
+        longest=data.text_tokens, window=data.window, begins=t.begins,
+    )  # fmt: skip
 
 
 def scene_corpus(seed: int) -> Corpus:
@@ -136,7 +144,11 @@ def open_corpus(data: Data, folder: Path, split: str | None = None) -> Corpus:
     weights: dict[str, list[float]] = {kind: [] for kind in KINDS}
     hashes, classes = [], {}
     for root, weight in {data.root: 1.0, **data.more}.items():
-        found = _index(Path(root), split or data.split, folder, tokenizer, data)
+        found = index_of(Path(root), split or data.split, folder, tokenizer, data)
+        if found.task is not None:
+            raise ConfigError(
+                f"{root} is an index of examples ({found.task}), expected pictures or texts: index others"
+            )
         if found.tokenizer is not None:
             tokenizer = tokenizer or found.tokenizer
             if tokenizer.hash != found.tokenizer.hash:
@@ -179,38 +191,45 @@ def require_labels(corpus: Corpus) -> None:
         )
 
 
-def splits(root: str | Path) -> list[str]:
-    """Which of the splits ``train`` and ``val`` a root has, of raw data or as folders that are indices."""
+def splits(root: str | Path, task: str | None = None) -> list[str]:
+    """Which of the splits ``train`` and ``val`` a root has, of raw data or as folders that are indices; ``task``: of
+    examples.
+    """
     found = []
     for name in ("train", "val"):
         try:
             if (Path(root) / name / "manifest.json").is_file():
                 found.append(name)
                 continue
-            discover(root, name)
+            annotations.discover(root, task, name) if task else discover(root, name)
         except MissingInputError:
             continue
         found.append(name)
     return found
 
 
-def _index(root: Path, split: str | None, folder: Path, tokenizer: TextTokenizer | None, data: Data) -> Index:
-    """Open a root that is an index, or the index of it below ``folder``, or make that one."""
+def index_of(
+    root: Path,
+    split: str | None,
+    folder: Path,
+    tokenizer: TextTokenizer | None,
+    data: Data,
+    task: str | None = None,
+) -> Index:
+    """Open a root that is an index, or the index of it below ``folder``, or make that one; ``task``: of examples."""
     if (root / "manifest.json").is_file():
         return Index.open(root)
-    if split is None and len(splits(root)) > 1:
+    if split is None and len(splits(root, task)) > 1:
         split = "train"
     if split and (root / split / "manifest.json").is_file():
         return Index.open(root / split)
-    own = (
-        folder
-        / f"{root.name or 'data'}-{split or 'all'}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"
-    )
+    place = hashlib.sha256(f"{root.resolve()}{task or ''}".encode()).hexdigest()[:8]
+    own = folder / f"{root.name or 'data'}-{split or 'all'}-{place}"
     if (own / "manifest.json").is_file():
         return Index.open(own)
     return build(
         root, own, split=split, tokenizer=tokenizer, vocab=data.vocab, window=data.window,
-        max_bad_fraction=data.max_bad, workers=data.workers,
+        max_bad_fraction=data.max_bad, workers=data.workers, task=task,
     )  # fmt: skip
 
 
@@ -219,7 +238,7 @@ class Load:
     """``load(kind, source, record, epoch)``: the sample, everything random in it drawn from (seed, epoch, record).
 
     ``views``: how pictures of a kind are shown; ``stored``: by kind, for every source its stored views, or None;
-    ``decoder``: who decodes plain JPEGs.
+    ``decoder``: who decodes plain JPEGs; ``mismatch``: probability that a pair has the text of another record.
     """
 
     corpus: Corpus
@@ -227,6 +246,7 @@ class Load:
     seed: int
     stored: Mapping[str, Sequence[StoredViews | None]] = field(default_factory=dict)
     decoder: Decoder = "pillow"
+    mismatch: float = 0.0
 
     def __post_init__(self) -> None:
         if self.decoder == "simplejpeg" and importlib.util.find_spec("simplejpeg") is None:
@@ -242,8 +262,23 @@ class Load:
         if kind != "image":
             captions = [origin.window(record)] if origin.kind == "text" else origin.texts(record)
             text = captions[int(rng.integers(len(captions)))]
+        match = kind != "pair" or not self.mismatch or rng.random() >= self.mismatch
+        if not match:
+            other = self.other(kind, source, record, rng)
+            text, match = (text, True) if other is None else (other, False)
         label = None if kind == "text" else origin.label(record)
-        return Sample(image=image, text=text, code=code, label=label, record=record, rng=rng)
+        return Sample(image=image, text=text, code=code, label=label, match=match, record=record, rng=rng)
+
+    def other(self, kind: str, source: int, record: int, rng: np.random.Generator) -> np.ndarray | None:
+        """A text of another record of the source that is none of this one's; None where none was found in few tries."""
+        origin = self.corpus.sources[kind][source]
+        own = [text.tolist() for text in origin.texts(record)]
+        for _ in range(TRIES):
+            texts = origin.texts(int(rng.integers(len(origin))))
+            text = texts[int(rng.integers(len(texts)))]
+            if text.tolist() not in own:
+                return text
+        return None
 
     def picture(self, kind: str, source: int, record: int, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
         """A view of a picture, and its visual tokens if the view is a stored one."""

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,8 @@ MAX_CAPTION_FILE = 2**20
 HASH_BYTES = 16
 IMAGE_FIELDS = ("image", "image_path")
 TEXT_FIELDS = ("text", "caption", "captions")
+NO_GOLD = "no_gold"
+"""Reason of a record that is left out because the people who labelled it did not agree."""
 MESSAGE_CHARS = 300
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 READ_TRIES = 3
@@ -73,6 +75,25 @@ class Record:
     def kind(self) -> str:
         """``pair``, ``image`` or ``text``."""
         return "text" if self.image is None else "pair" if self.texts else "image"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled record of a task as found: its pictures, its texts and what people answered, in their order.
+
+    ``where.key``: its official number or name, which predictions are given under; ``answers``: as written; () = none.
+    """
+
+    where: Where
+    root: Path
+    images: tuple[Span, ...] = ()
+    texts: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """``example``."""
+        return "example"
 
 
 @dataclass(frozen=True)
@@ -222,16 +243,29 @@ def utf8(data: bytes) -> str:
         raise RecordError(f"not UTF-8 at byte {error.start} of the text: {found!r}", reason="utf8") from error
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
-    """Parse one JSON object. Raises RecordError: ``utf8``, ``json``, ``duplicate_field``, ``not_finite``, ``type``."""
+def encodable(text: str) -> bool:
+    """Whether a text has no lone surrogates, which are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+
+def parse_json(data: bytes, shrink: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+    """Parse one JSON object.
+
+    ``shrink``: what is kept of every object in it, inner ones first, so that a large file needs little memory.
+    Raises RecordError: ``utf8``, ``json``, ``duplicate_field``, ``not_finite``, ``type``.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise RecordError(f"field {twice!r} occurs more than once", reason="duplicate_field")
-        return fields
+        return fields if shrink is None else shrink(fields)
 
     def finite(literal: str) -> None:
         raise RecordError(f"{literal} is not JSON", reason="not_finite")

@@ -18,25 +18,33 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 
 from multiway.data.image import Limits, open_picture
-from multiway.data.records import Fault, Fingerprint, Ignored, Record, Span, content_hash, read_bytes
+from multiway.data.records import NO_GOLD, Example, Fault, Fingerprint, Ignored, Record, Span, content_hash, read_bytes
 from multiway.data.sources import RawSource
 from multiway.data.text import MAX_CHARS, sanitize
 from multiway.errors import DataError, MissingInputError, RecordError
 
 BATCH = 512  # records handed to the processes at once
 EXAMPLES = 3
+KNOWN = 2**15  # pictures whose size is kept at hand
+_known: dict[tuple[bytes, Limits], tuple[tuple[int, int], tuple[str, ...]]] = {}
+
+
+class Picture(NamedTuple):
+    """A picture that is good: where it lies, width and height in pixels, and the hash of its bytes."""
+
+    span: Span
+    fingerprint: Fingerprint
+    size: tuple[int, int]
+    hash: bytes
 
 
 class Measured(NamedTuple):
-    """A record that is good. ``texts`` are sanitized; the rest is None for a text alone."""
+    """A record that is good. ``texts`` are sanitized; ``pictures``: none of a text alone."""
 
-    record: Record
+    record: Record | Example
     texts: tuple[str, ...]
     notes: tuple[str, ...]
-    fingerprint: Fingerprint | None = None
-    span: Span | None = None
-    size: tuple[int, int] | None = None
-    image_hash: bytes | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass
@@ -45,7 +53,8 @@ class Report:
 
     ``notes``: how often each rule changed something; ``ignored``: files and shard members by suffix that no rule
     reads; ``faults``: bad records and damaged shards; ``shards``: tar shards looked at. ``missing_counts``: whether a
-    record whose picture is not there is a bad one.
+    record whose picture is not there is a bad one. One that people could not agree on (``no_gold``) never is: it is
+    listed.
     """
 
     seen: int = 0
@@ -70,7 +79,8 @@ class Report:
         """Raise DataError when too many records or shards are bad or none is good, MissingInputError for no data."""
         if not self.seen and not self.faults:
             raise MissingInputError(f"nothing to read: no record, and files that no rule reads: {dict(self.ignored)}")
-        bad = [f for f in self.faults if not f.shard and (self.missing_counts or f.reason != "missing")]
+        listed = {NO_GOLD} if self.missing_counts else {NO_GOLD, "missing"}
+        bad = [f for f in self.faults if not f.shard and f.reason not in listed]
         damaged = {fault.where.file for fault in self.faults if fault.shard}
         too_many = len(bad) > max_bad_fraction * self.seen or len(damaged) > max_bad_shards * self.shards
         if not too_many and sum(self.indexed.values()):
@@ -96,42 +106,52 @@ class Report:
         }
 
 
-def inspect(item: Record | Fault, limits: Limits) -> Measured | Fault:
-    """Validate and measure one record: its texts are cleaned, its picture is read, hashed and decoded in full."""
+def inspect(item: Record | Example | Fault, limits: Limits) -> Measured | Fault:
+    """Validate and measure one record: its texts are cleaned, its pictures are read, hashed and decoded in full."""
     if isinstance(item, Fault):
         return item
     stage = "validate"
+    pictures = []
     try:
         texts, notes = clean(item)
-        if item.image is None and item.label is not None:
+        spans = item.images if isinstance(item, Example) else () if item.image is None else (item.image,)
+        if isinstance(item, Record) and item.image is None and item.label is not None:
             notes += ("label_unused",)
-        if item.image is None:
-            return Measured(item, texts, notes)
-        stage = "read"
-        file, offset, length = item.image
-        if length is not None:
-            limits.check_bytes(length)
-        content = read_bytes(item.root / file, offset, length, most=limits.max_bytes)
-        stage = "decode"
-        picture, more = open_picture(content.data, limits)
-        notes += more + ("read_again",) * content.retries
-        digest = content_hash(content.data)
-        span = Span(file, offset, len(content.data))
-        return Measured(item, texts, notes, content.fingerprint, span, picture.size, digest)
+        for file, offset, length in spans:
+            stage = "read"
+            if length is not None:
+                limits.check_bytes(length)
+            content = read_bytes(item.root / file, offset, length, most=limits.max_bytes)
+            stage = "decode"
+            digest = content_hash(content.data)
+            size, more = _decoded(digest, content.data, limits)
+            notes += more + ("read_again",) * content.retries
+            pictures.append(Picture(Span(file, offset, len(content.data)), content.fingerprint, size, digest))
+        return Measured(item, texts, notes, tuple(pictures))
     except RecordError as error:
         return Fault.of(error, item.where, stage)
 
 
-def clean(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _decoded(digest: bytes, data: bytes, limits: Limits) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Size and notes of a picture; one that was decoded lately, many questions may be about it, is known."""
+    if (digest, limits) not in _known:
+        if len(_known) == KNOWN:
+            _known.pop(next(iter(_known)))
+        picture, notes = open_picture(data, limits)
+        _known[digest, limits] = picture.size, notes
+    return _known[digest, limits]
+
+
+def clean(record: Record | Example) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The record's texts after sanitizing, empty ones dropped, and the notes of what that changed.
 
     A text without a picture is a document: it is cut into pieces of MAX_CHARS, so that nothing of it is lost.
 
-    Raises RecordError (``empty_text``) when there were texts and none is left.
+    Raises RecordError (``empty_text``) when there were texts and none is left, or one of an example is empty.
     """
     texts, notes = [], []
     given = record.texts
-    if record.image is None:
+    if isinstance(record, Record) and record.image is None:
         given = [text[i : i + MAX_CHARS] for text in given for i in range(0, len(text) or 1, MAX_CHARS)]
     for text, changes in map(sanitize, given):
         notes += changes
@@ -139,7 +159,7 @@ def clean(record: Record) -> tuple[tuple[str, ...], tuple[str, ...]]:
             texts.append(text)
         else:
             notes.append("empty_text_dropped")
-    if record.texts and not texts:
+    if record.texts and (not texts or (isinstance(record, Example) and len(texts) < len(record.texts))):
         raise RecordError(f"no text is left of {record.texts[0][:40]!r}", reason="empty_text")
     return tuple(texts), tuple(notes)
 
@@ -167,17 +187,19 @@ def scan(
             yield source, result
 
 
-def _items(source: RawSource, report: Report) -> Iterator[Record | Fault]:
+def _items(source: RawSource, report: Report) -> Iterator[Record | Example | Fault]:
     """A source's records and faults; what is ignored is counted."""
     for item in source:
         if isinstance(item, Ignored):
             report.ignored[PurePosixPath(item.file).suffix or PurePosixPath(item.file).name] += 1
             continue
-        report.seen += isinstance(item, Record) or not item.shard
+        report.seen += not isinstance(item, Fault) or not item.shard
         yield item
 
 
-def _inspect(items: Iterator[Record | Fault], limits: Limits, pool: Executor | None) -> Iterator[Measured | Fault]:
+def _inspect(
+    items: Iterator[Record | Example | Fault], limits: Limits, pool: Executor | None
+) -> Iterator[Measured | Fault]:
     """Inspect items, in order. Raises DataError when a process dies over one."""
     if pool is None:
         yield from (inspect(item, limits) for item in items)

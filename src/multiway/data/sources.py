@@ -24,10 +24,10 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from multiway.data import shards
 from multiway.data.records import (
@@ -35,11 +35,13 @@ from multiway.data.records import (
     MAX_CAPTION_FILE,
     MAX_LINE,
     TEXT_FIELDS,
+    Example,
     Fault,
     Ignored,
     Record,
     Span,
     Where,
+    encodable,
     inside,
     open_file,
     parse_fields,
@@ -54,7 +56,8 @@ SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 LOST_LINE = "\udc00"  # what stands for a line that is too long; no text decodes to it
 BOM = b"\xef\xbb\xbf"
 
-Item = Record | Fault | Ignored
+Item = Record | Example | Fault | Ignored
+Row = tuple[Where, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _sources(root: Path, entries: list[Path], split: str | None) -> list[RawSour
 
 def _read_file(source: RawSource, file: str, form: str = "") -> Iterator[Item]:
     """The items of one table or text; a file that cannot be read to its end is a fault itself."""
-    read = {"jsonl": _read_jsonl, "csv": _read_table, "tsv": _read_table, "text": _read_text}[form or source.format]
+    read = _read_text if (form or source.format) == "text" else _read_rows
     try:
         yield from read(source, file)
     except RecordError as error:
@@ -159,20 +162,41 @@ def _too_long(line: Line) -> RecordError:
     return RecordError(f"line of {line.length} bytes, at most {MAX_LINE} are allowed", reason="line_too_long")
 
 
-def _read_jsonl(source: RawSource, file: str) -> Iterator[Item]:
+def _read_rows(source: RawSource, file: str) -> Iterator[Item]:
+    known = (*IMAGE_FIELDS, *TEXT_FIELDS)
+    for row in jsonl_rows(source, file) if source.format == "jsonl" else table_rows(source, file, known):
+        if isinstance(row, Fault):
+            yield row
+            continue
+        where, fields = row
+        try:
+            yield _record(source, where, *parse_fields(fields))
+        except RecordError as error:
+            yield Fault.of(error, where, "parse")
+
+
+def jsonl_rows(source: RawSource, file: str) -> Iterator[Row | Fault]:
+    """Place and object of every line of a JSONL file; raises RecordError when it cannot be read to its end."""
     for line in lines(source.root / file):
         where = Where(source.name, file, f"{file}:{line.number}", line.number, line.offset, line.length)
         try:
             if line.data is None:
                 raise _too_long(line)
             if line.data.strip():
-                yield _record(source, where, *parse_fields(parse_json(line.data)))
+                yield where, parse_json(line.data)
         except RecordError as error:
             yield Fault.of(error, where, "parse")
 
 
-def _read_table(source: RawSource, file: str) -> Iterator[Item]:
-    """Rows of a CSV or TSV; a broken quote is one fault, and may take the lines up to the next quote with it."""
+def table_rows(
+    source: RawSource, file: str, known: Collection[str], columns: Sequence[str] = ()
+) -> Iterator[Row | Fault]:
+    """Place and cells of every row of a CSV or TSV, None for empty cells.
+
+    A broken quote is one fault, and may take the lines up to the next quote with it. ``columns``: their names; () = the
+    first line says them, and DataError is raised unless one of ``known`` is among them. Raises RecordError when the
+    file cannot be read to its end.
+    """
     at = Line(0, 0, 0, b"")
 
     def text() -> Iterator[str]:
@@ -186,7 +210,7 @@ def _read_table(source: RawSource, file: str) -> Iterator[Item]:
         if source.format == "csv"
         else csv.reader(text(), delimiter="\t", quoting=csv.QUOTE_NONE)
     )
-    columns = _columns(source, file, rows)
+    columns = columns or _columns(source, file, rows, known)
     while True:
         begin, offset = at.number + 1, at.offset + at.length
         try:
@@ -202,14 +226,13 @@ def _read_table(source: RawSource, file: str) -> Iterator[Item]:
             if row == [LOST_LINE]:
                 raise _too_long(at)
             if row:
-                yield _record(source, where, *parse_fields(_cells(row, columns)))
+                yield where, _cells(row, columns)
         except RecordError as error:
             yield Fault.of(error, where, "parse")
 
 
-def _columns(source: RawSource, file: str, rows: Iterator[list[str]]) -> list[str]:
-    """The names in a table's first line. Raises DataError unless they name images or texts, each once."""
-    known = (*IMAGE_FIELDS, *TEXT_FIELDS)
+def _columns(source: RawSource, file: str, rows: Iterator[list[str]], known: Collection[str]) -> list[str]:
+    """The names in a table's first line. Raises DataError unless one of ``known`` is there, each once."""
     try:
         columns = [name.strip() for name in next(rows, [])]
     except csv.Error:
@@ -223,23 +246,14 @@ def _columns(source: RawSource, file: str, rows: Iterator[list[str]]) -> list[st
     return columns
 
 
-def _cells(row: list[str], columns: list[str]) -> dict[str, str | None]:
+def _cells(row: list[str], columns: Sequence[str]) -> dict[str, str | None]:
     """A row as fields. Raises RecordError: ``fields``, ``utf8``."""
     if len(row) != len(columns):
         raise RecordError(f"row of {len(row)} fields, expected {len(columns)}: {', '.join(columns)}", reason="fields")
     for name, cell in zip(columns, row, strict=True):
-        if not _encodable(cell):
+        if not encodable(cell):
             raise RecordError(f"column {name}: not UTF-8: {cell[:40]!r}", reason="utf8")
     return {name: cell or None for name, cell in zip(columns, row, strict=True)}
-
-
-def _encodable(text: str) -> bool:
-    """Whether a text has no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _record(source: RawSource, where: Where, image: str | None, texts: tuple[str, ...], label: str | None) -> Record:

@@ -31,7 +31,7 @@ OTHERS: Sequence[Mapping[str, str]] = (
     {"pad": "</s>", "eos": "</s>", "unk": "<unk>"},
     {"bos": "[CLS]", "pad": "[PAD]", "eos": "[SEP]", "unk": "[UNK]", "hide": "[MASK]"},
 )
-"""What the special ids are called: here, in the tokenizers of CLIP and SigLIP, which have no ``<mask>``, and of BERT."""
+"""What the special ids are called: here; by CLIP and SigLIP, which have no ``<mask>``; by BERT."""
 MAX_PIECE = 16  # characters, as SentencePiece
 CANDIDATES = 3  # candidate pieces for each one the vocabulary will have
 SHRINK = 0.75  # what survives one round of pruning

@@ -19,6 +19,7 @@ def learning_rate(schedule: Schedule, peak: float, step: int) -> float:
         return first + (peak - first) * step / (schedule.warmup - 1) if schedule.warmup > 1 else peak
     if schedule.shape == "step":
         return peak if step < STEP_AT * schedule.steps else STEP_TO * peak
-    before = schedule.warmup if schedule.shape == "cosine" else 0
-    share = (step - before) / max(1, schedule.steps - before)
-    return schedule.final_lr + 0.5 * (peak - schedule.final_lr) * (1 + math.cos(math.pi * min(1.0, share)))
+    before = 0 if schedule.shape == "late cosine" else schedule.warmup
+    share = min(1.0, (step - before) / max(1, schedule.steps - before))
+    left = 1 - share if schedule.shape == "linear" else 0.5 * (1 + math.cos(math.pi * share))
+    return schedule.final_lr + (peak - schedule.final_lr) * left

@@ -135,7 +135,6 @@ class Trainer:
         self.optimizers = build_optimizers(self.objective, run.optim, run.parallel.precision)
         self.average = Average(self.objective, run.optim.ema)
         self.across = process.across()
-        self.items = sum(stream.items for stream in job.batches.streams)
         self.done = 0
         self.skipped = 0
         self.window = FaultWindow(run.data.max_bad)
@@ -172,7 +171,7 @@ class Trainer:
                 if first:
                     self.metrics.write([row])
                     board.write(row)
-                    meter.step(self.done, row["loss"], self.items)
+                    meter.step(self.done, row["loss"], self.job.batches.items(self.done - 1))
                 self.check_numerics()
                 if stop or self.done == run.schedule.steps or self.done % run.checkpoint.every == 0:
                     self.save()
@@ -233,7 +232,7 @@ class Trainer:
         if bad:
             self.quarantine.write(faults)
             faults = [fault for some in self.process.share(faults) for fault in some]
-        self.window.add(self.items, faults)
+        self.window.add(self.job.batches.items(self.done), faults)
         return micros, dict(zip(names, totals, strict=True))
 
     def clip(self) -> Tensor:

@@ -20,11 +20,13 @@ def recall(
     query_owner: np.ndarray,
     candidate_owner: np.ndarray,
     ks: Sequence[int] = KS,
+    first: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, float]:
     """Share of queries with a right answer among their k nearest candidates: ``{"r1": ..., "r5": ...}`` in [0, 1].
 
     queries: float (Q, D); candidates: float (C, D), compared by inner product; query_owner: int (Q,) and
-    candidate_owner: int (C,): an answer is right when the owners are equal.
+    candidate_owner: int (C,): an answer is right when the owners are equal. ``first``: numbers of candidates, int64 (Q,
+    T), that come before all others of a query, ordered by scores of their own (Q, T) alone; None = none do.
 
     Ties count as what breaking them at random gives on average, so that constant vectors score exactly chance.
 
@@ -34,8 +36,40 @@ def recall(
     rows = max(1, SCORES // len(candidates))
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
-        hits += recall_of_scores(queries[part] @ candidates.T, query_owner[part], candidate_owner, ks).sum(0)
+        scores = queries[part] @ candidates.T
+        if first is not None:
+            scores = _raised(scores, first[0][part], first[1][part])
+        hits += recall_of_scores(scores, query_owner[part], candidate_owner, ks).sum(0)
     return _named(hits / len(queries), ks)
+
+
+def nearest(queries: np.ndarray, candidates: np.ndarray, top: int) -> np.ndarray:
+    """Numbers of the ``top`` nearest candidates of each query, ascending: int64 (Q, min(top, C)).
+
+    Vectors as in `recall`. Of candidates that are equally near the first ones are taken.
+    """
+    top = min(top, len(candidates))
+    rows = max(1, SCORES // len(candidates))
+    found = []
+    for start in range(0, len(queries), rows):
+        scores = queries[start : start + rows] @ candidates.T
+        least = np.partition(scores, -top, axis=1)[:, -top, None]
+        nearer, tied = scores > least, scores == least
+        free = top - nearer.sum(1, keepdims=True)
+        found.append((nearer | (tied & (tied.cumsum(1) <= free))).nonzero()[1].reshape(-1, top))
+    return np.concatenate(found)
+
+
+def _raised(scores: np.ndarray, numbers: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Scores (Q, C) in which the candidates ``numbers`` (Q, T) stand above all others, in the order of their own."""
+    if not np.isfinite(own).all():
+        raise NumericsError("the scores of pairs are not finite: the model that re-ranks has diverged")
+    order = own.argsort(1)
+    ascending = np.take_along_axis(own, order, 1)
+    place = (np.diff(ascending, axis=1, prepend=ascending[:, :1]) > 0).cumsum(1)  # equal ones share theirs
+    raised = scores.astype(np.float64)
+    np.put_along_axis(raised, np.take_along_axis(numbers, order, 1), raised.max(1, keepdims=True) + 1 + place, 1)
+    return raised
 
 
 def recall_of_scores(

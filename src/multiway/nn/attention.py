@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from multiway.nn.linear import mkl_is_slow, product
 from multiway.plan import Group, Plan
 
 # On CPU batched GEMMs are faster than torch's fused attention: two to three times in bf16, by a tenth in fp32 with a
 # float bias (by a third without gradients). Beyond this length their scores get large.
 CPU_GEMM_LENGTH = 2048
+
+ONEDNN_LENGTH = 192
+"""From this length on, a product of one head in fp32 is worth a call of oneDNN, where that is the faster one."""
 
 
 class Pad(torch.autograd.Function):
@@ -84,6 +91,108 @@ def visible(bias: Tensor | None, keep: Tensor | None) -> Tensor | None:
     return torch.where(keep, bias, float("-inf"))
 
 
+def by_onednn(x: Tensor, length: int) -> bool:
+    """Whether products of heads are oneDNN's: in fp32, where MKL is slow and they are worth the calls."""
+    return x.dtype == torch.float32 and length >= ONEDNN_LENGTH and mkl_is_slow()
+
+
+def products_pay(x: Tensor, length: int, bias: Tensor | None) -> bool:
+    """Whether `HeadProducts` is the fastest attention for rows x of samples of at most ``length`` tokens."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    added = bias is not None and bias.is_floating_point()
+    return by_onednn(x, length) or ((added or x.dtype == torch.bfloat16) and length < CPU_GEMM_LENGTH)
+
+
+def head_places(group: Group, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where vectors of heads are: for every place of q, k and v (3, B, H, N) its source among the rows' (R, 3, H), and
+    for the rows' (R, H) their places in (B, H, N); both flat.
+    """
+    row, place = group.index, group.inverse
+    if row is None or place is None:
+        row = place = torch.arange(group.rows, device=device)
+    head = torch.arange(heads, device=device)
+    part = torch.arange(3, device=device)[:, None, None, None]
+    source = (row.view(-1, 1, group.length) * 3 + part) * heads + head[:, None]
+    sample, position = place[:, None] // group.length, place[:, None] % group.length
+    return source.flatten(), ((sample * heads + head) * group.length + position).flatten()
+
+
+class HeadProducts(torch.autograd.Function):
+    """Self-attention by products of heads, with one gather from rows to heads before them and one back after them.
+
+    All heads at once, and their probabilities are kept; or by oneDNN head by head, so that scores never leave the
+    processor's cache, and they are computed again in the backward. The plain twin is `attend_by_gemm` between `Pad`
+    and `Unpad`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, group: Group, heads: int, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        """qkv: (R, 3 D), the rows of a group; bias: as `attend` takes it -> (R, D)."""
+        size, width = (group.samples, heads, group.length), qkv.shape[1] // (3 * heads)
+        source, place = head_places(group, heads, qkv.device)
+        q, k, v = qkv.reshape(-1, width).index_select(0, source).view(3, *size, width)
+        q.mul_(width**-0.5)
+        whole = None if bias is None else bias.expand(*size, group.length)
+        kept, mixed, onednn = None, torch.empty_like(q), by_onednn(qkv, group.length)
+        for head in np.ndindex(size[:2]) if onednn else [...]:
+            p = _probabilities(q, k, whole, head)
+            mixed[head] = _times(p, v[head])
+            kept = None if onednn else p
+        ctx.save_for_backward(q, k, v, bias, place, kept)
+        return mixed.view(-1, width).index_select(0, place).view(len(qkv), -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of qkv, and of the bias if that needs one."""
+        q, k, v, bias, place, kept = ctx.saved_tensors
+        *size, width = q.shape
+        whole = None if bias is None else bias.expand(*size, size[2])
+        g = q.new_zeros(math.prod(size), width).index_copy_(0, place, grad.reshape(-1, width)).view_as(q)
+        vectors = q.new_empty(3, *q.shape)
+        of_bias = q.new_empty(*size, size[2]) if ctx.needs_input_grad[3] else None
+        for head in np.ndindex(*size[:2]) if kept is None else [...]:
+            p = _probabilities(q, k, whole, head) if kept is None else kept
+            of_p = _times(g[head], v[head].mT)
+            into = of_p if of_bias is None else of_bias[head]
+            scores = torch._softmax_backward_data(of_p, p, -1, p.dtype, grad_input=into)
+            vectors[0][head] = _times(scores, k[head])
+            vectors[1][head] = _times(scores.mT, q[head])
+            vectors[2][head] = _times(p.mT, g[head])
+        vectors[0].mul_(width**-0.5)
+        back = place.view(-1, 1, size[1]) + torch.arange(3, device=q.device)[:, None] * (q.numel() // width)
+        rows = vectors.view(-1, width).index_select(0, back.flatten()).view(len(grad), -1)
+        return rows, None, None, None if of_bias is None else of_bias.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``: of one head (two dimensions) by oneDNN, which would copy a first factor that is transposed."""
+    if a.ndim > 2:
+        return a @ b
+    return product(a, b.mT) if a.is_contiguous() else product(b.mT, a).mT
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, head: Any) -> Tensor:
+    """Of one head or, with ..., of all: q, k: (B, H, N, C); bias: (B, H, N, N) or None."""
+    scores = _times(q[head], k[head].mT)
+    if bias is not None:
+        own = bias[head]
+        scores = scores.masked_fill_(~own, -math.inf) if own.dtype == torch.bool else scores.add_(own)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def mix(qkv: Tensor, group: Group, heads: int, bias: Tensor | None) -> Tensor:
+    """Attention among the tokens of each sample of a group: rows (R, 3 D) -> (R, D); bias: as `attend` takes it."""
+    if products_pay(qkv, group.length, bias):
+        return HeadProducts.apply(qkv, group, heads, bias)  # type: ignore[return-value]
+    if group.index is not None and group.inverse is not None:
+        qkv = Pad.apply(qkv, group.index, group.inverse)  # type: ignore[assignment]  # (B N, 3 D)
+    q, k, v = qkv.view(group.samples, group.length, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, C)
+    mixed = attend(q, k, v, bias).transpose(1, 2).reshape(group.samples * group.length, -1)  # (B N, D)
+    return mixed if group.inverse is None else Unpad.apply(mixed, group.inverse)  # type: ignore[return-value]
+
+
 class Cache:
     """Keys and values of tokens that later ones attend to: a buffer (B, H, places, C) of each per layer.
 
@@ -132,19 +241,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x, plan)  # (R, 3 D)
         parts = qkv.split([group.rows for group in plan.groups]) if len(plan.groups) > 1 else [qkv]
         mixed = [
-            self.among(group, part, None if bias is None else bias[group.kind])
+            mix(part, group, self.heads, visible(None if bias is None else bias[group.kind], group.keep))
             for group, part in zip(plan.groups, parts, strict=True)
         ]
         return self.out(torch.cat(mixed) if len(mixed) > 1 else mixed[0], plan)
-
-    def among(self, group: Group, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attention among the tokens of each sample of one kind: (rows, 3 D) -> (rows, D)."""
-        if group.index is not None and group.inverse is not None:
-            qkv = Pad.apply(qkv, group.index, group.inverse)  # type: ignore[assignment]  # (B N, 3 D)
-        q, k, v = qkv.view(group.samples, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, C)
-        mixed = attend(q, k, v, visible(bias, group.keep)).transpose(1, 2)
-        mixed = mixed.reshape(group.samples * group.length, -1)  # (B N, D)
-        return mixed if group.inverse is None else Unpad.apply(mixed, group.inverse)  # type: ignore[return-value]
 
     def extend(self, x: Tensor, plan: Plan, cache: Cache, layer: int, keep: Tensor | None) -> Tensor:
         """As forward, without gradient, for new tokens that also see those in the cache, where theirs are put.
@@ -174,8 +274,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: (B, N, D); bias: as in `attend`, added to the layer's own, None = nothing -> (B, N, D)."""
-        q, k, v = self.split(x)
-        return self.out(attend(q, k, v, self.total(bias)).transpose(1, 2).reshape(x.shape))
+        group = Group("", len(x) * x.shape[1], len(x), x.shape[1], None, None, None)
+        return self.out(mix(self.qkv(x).flatten(0, 1), group, self.heads, self.total(bias)).view(x.shape))
 
     def maps(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """How much every token (row) looks at every other (column): (B, H, N, N), rows sum to 1."""

@@ -52,6 +52,26 @@ def relative_index(window: tuple[int, int], prefix: int = 0) -> Tensor:
     return index
 
 
+def joint_index(window: tuple[int, int], longest: int) -> Tensor:
+    """Row of the table for every query and key of a picture and a text behind it: int64 (N, N), N = 1 + rows * columns
+    + ``longest``.
+
+    The table has the rows of `relative_index` with prefix 1, then one of text looking at the picture, one of the
+    picture looking at text, 2 ``longest`` - 3 offsets of words, key minus query, and three of the text's first token:
+    to a word, from a word, to itself. Source: masked.md 5.1, VLMo.
+    """
+    pictures = relative_index(window, prefix=1)
+    rows, patches = bias_rows(window, prefix=1), len(pictures)
+    place = torch.arange(longest)
+    texts = place - place[:, None] + rows + longest
+    last = rows + 2 * longest + 1
+    texts[0], texts[:, 0], texts[0, 0] = last - 2, last - 1, last
+    index = torch.empty(patches + longest, patches + longest, dtype=torch.int64)
+    index[:patches, :patches], index[patches:, patches:] = pictures, texts
+    index[patches:, :patches], index[:patches, patches:] = rows, rows + 1
+    return index
+
+
 def bias_rows(window: tuple[int, int], prefix: int = 0) -> int:
     """Rows of the relative bias table that `relative_index` points into."""
     return (2 * window[0] - 1) * (2 * window[1] - 1) + 3 * prefix

@@ -1,5 +1,6 @@
 """Recipes of BEiT-3: masked pre-training in five sizes, contrastive tuning (``_itc``), retrieval (``_retrieval``),
-captioning (``_captioning``), classes of pictures (``_classify``, ``_imagenet``).
+captioning (``_captioning``), questions (``_vqa``, ``_nlvr2``, ``_entailment``, ``_text``), classes of pictures
+(``_classify``, ``_imagenet``).
 
 ``multiway train beit3.NAME --out DIR`` trains one; every setting can be overridden (``multiway show beit3.NAME``).
 Figures of base, large and giant are the paper's and the released code's (masked.md 6.5, 7.1); the batch is theirs as
@@ -40,9 +41,10 @@ from multiway.errors import ConfigError
 from multiway.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Preprocessor, Pretrained
-from multiway.recipes import captioning, pictures
+from multiway.recipes import captioning, pictures, questions
 from multiway.recipes.captioning import Caption
 from multiway.recipes.pictures import make_codebook
+from multiway.recipes.questions import Answer
 from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
 from multiway.systems.beit3 import PRESETS, BEiT3, Config, MaskedAndContrast, MaskedDataModeling
 from multiway.tasks import retrieval
@@ -354,6 +356,104 @@ def large_captioning() -> Run:
     return captioning.tuned(large(), "beit3.large_captioning", lr=8e-6)
 
 
+# ------------------------------------------------------------------------------------------------------- questions
+
+
+def _asked(run: Run, **changes: Any) -> Run:
+    """A run whose model carries nothing but what reads."""
+    model = dataclasses.replace(run.model, masked=False, contrast=False, codes=0, **changes)
+    return dataclasses.replace(run, model=model)
+
+
+def quick_vqa() -> Run:
+    """Questions about pictures, answered by a quick model: two CPU cores, minutes.
+
+    Command: ``multiway train beit3.quick_vqa --init runs/quick/final --out runs/vqa``, or with ``--data.root DIR``, see
+    docs/questions.md. Result: see there, with the commit.
+    """
+    return questions.quick("beit3.quick_vqa", _asked(quick()).model, "vqa")
+
+
+def quick_nlvr2() -> Run:
+    """Whether a statement is true of two pictures, or of one: two CPU cores, minutes.
+
+    Command: ``multiway train beit3.quick_nlvr2 --init runs/quick/final --out runs/nlvr2``, or with ``--data.root DIR``.
+    Result: see docs/questions.md, which names the commit.
+    """
+    return questions.quick("beit3.quick_nlvr2", _asked(quick(), pictures=2).model, "nlvr2")
+
+
+def quick_entailment() -> Run:
+    """Whether a picture entails a text, contradicts it, or neither: two CPU cores, minutes.
+
+    Command: ``multiway train beit3.quick_entailment --init runs/quick/final --out runs/entailment``, or with
+    ``--data.root DIR``. Result: see docs/questions.md, which names the commit.
+    """
+    return questions.quick("beit3.quick_entailment", _asked(quick()).model, "entailment")
+
+
+def quick_text() -> Run:
+    """Classes of texts or of pairs of texts, by the language half of a quick model: two CPU cores, minutes.
+
+    Command: ``multiway train beit3.quick_text --init runs/quick/final --out runs/text``, or with ``--data.root DIR``.
+    Result: see docs/questions.md, which names the commit.
+    """
+    return questions.quick("beit3.quick_text", _asked(quick(), pictures=0).model, "text_classification")
+
+
+def _vqa(run: Run, lr: float, drop_path: float) -> Run:
+    """Tuning on VQAv2 as released (masked.md 6.5): 480 px, 10 epochs, 1 of warm-up, the head at 20 times the rate."""
+    name = f"beit3.{run.recipe.split('.')[1]}_vqa"
+    return questions.tuned(
+        _asked(run), name, Answer(task="vqa", augment=True), px=480, batch=128, questions=questions.VQA, epochs=10,
+        warmup=1, drop_path=drop_path, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, head=20.0,
+    )  # fmt: skip
+
+
+def _nlvr2(run: Run, lr: float, decay: float) -> Run:
+    """Tuning on NLVR2 as released (masked.md 6.5): 224 px, 20 epochs, 5 of warm-up."""
+    name = f"beit3.{run.recipe.split('.')[1]}_nlvr2"
+    return questions.tuned(
+        _asked(run, pictures=2), name, Answer(task="nlvr2"), px=224, batch=256, questions=questions.NLVR2, epochs=20,
+        warmup=5, drop_path=0.2, lr=lr, layer_decay=decay, weight_decay=0.2,
+    )  # fmt: skip
+
+
+def base_vqa() -> Run:
+    """Visual question answering by a base model, tuned on VQAv2 as released: GPUs.
+
+    Command: ``multiway train beit3.base_vqa --data.root DIR --init DIR/final --out runs/base_vqa``. Not yet run by us.
+    """
+    return _vqa(base(), 3e-5, 0.1)
+
+
+def large_vqa() -> Run:
+    """Visual question answering by a large model, tuned on VQAv2 as released: GPUs.
+
+    Command: ``multiway train beit3.large_vqa --data.root DIR --init DIR/final --out runs/large_vqa``. Not yet run by
+    us.
+    """
+    return _vqa(large(), 2e-5, 0.15)
+
+
+def base_nlvr2() -> Run:
+    """Statements about two pictures, judged by a base model, tuned on NLVR2 as released: GPUs.
+
+    Command: ``multiway train beit3.base_nlvr2 --data.root DIR --init DIR/final --out runs/base_nlvr2``. Not yet run by
+    us.
+    """
+    return _nlvr2(base(), 7e-4, 0.65)
+
+
+def large_nlvr2() -> Run:
+    """Statements about two pictures, judged by a large model, tuned on NLVR2 as released: GPUs.
+
+    Command: ``multiway train beit3.large_nlvr2 --data.root DIR --init DIR/final --out runs/large_nlvr2``. Not yet run
+    by us.
+    """
+    return _nlvr2(large(), 3e-4, 0.85)
+
+
 # ------------------------------------------------------------------------------------------- classes, from vision alone
 
 
@@ -405,6 +505,8 @@ def assemble(
     """The objective of a run, not initialised, and what makes its batches. ``codebook``: None = one of zeros."""
     if isinstance(run.objective, pictures.Classify):
         return pictures.classify(run, BEiT3(pictures.with_classes(run.model)))
+    if isinstance(run.objective, Answer):
+        return questions.assemble(run, BEiT3(questions.with_answers(run)), words)
     model, grid = BEiT3(run.model), run.model.grid
     branches = 2 * run.model.depth if run.model.drop_path else 0
     settings = run.objective
@@ -425,6 +527,8 @@ def build(run: Run, out: Path) -> Job:
     """Everything the loop needs; what has to be made once (index, codebook, stored views) is kept below ``out``."""
     if isinstance(run.objective, pictures.Classify):
         return pictures.build(run, out, assemble)
+    if isinstance(run.objective, Answer):
+        return questions.build(run, out, assemble)
     data = run.data
     if run.init and not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))

@@ -14,8 +14,9 @@ from typing import Any
 
 from multiway.data.collate import Samples, Words
 from multiway.engine.train import Job
-from multiway.recipes import pairs
+from multiway.recipes import pairs, questions
 from multiway.recipes.pairs import Contrast
+from multiway.recipes.questions import Answer
 from multiway.run import Checkpoint, Data, Optim, Parallel, Run, Schedule
 from multiway.systems.clip import CLIP, PRESETS
 from multiway.tasks.retrieval import ImageTextContrast
@@ -169,12 +170,26 @@ def open_clip() -> Run:
     return dataclasses.replace(run, objective=Contrast(negatives="detached"), schedule=schedule)
 
 
+def quick_text() -> Run:
+    """Classes of texts or of pairs of texts, by the text tower of a quick model: two CPU cores, minutes.
+
+    Command: ``multiway train clip.quick_text --init runs/clip/final --out runs/clip_text``, or with ``--data.root
+    DIR``, see docs/questions.md. Not yet run by us.
+    """
+    run = questions.quick("clip.quick_text", quick().model, "text_classification")
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, text_tokens=64, window=64))
+
+
 def assemble(run: Run, words: Words) -> tuple[Objective, Callable[[Samples], Batch]]:
     """The objective of a run, not initialised, and what makes its batches."""
+    if isinstance(run.objective, Answer):
+        return questions.assemble(run, CLIP(questions.with_answers(run)), words)
     model = CLIP(run.model)
     return ImageTextContrast(model, run.objective.negatives), pairs.collate(run, words, model)
 
 
 def build(run: Run, out: Path) -> Job:
     """Everything the loop needs."""
+    if isinstance(run.objective, Answer):
+        return questions.build(run, out, assemble)
     return pairs.build(run, out, assemble)

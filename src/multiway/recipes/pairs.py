@@ -1,4 +1,4 @@
-"""What the recipes of pictures and texts encoded apart share: their settings, and how a run becomes a job. No recipe is
+"""What the recipes of pairs share, perhaps with texts alone: their settings, and how a run becomes a job. No recipe is
 named here.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from multiway import evaluation, pretrained
 from multiway.backbones.vit import whole_patches
+from multiway.data.augment import PAIRED
 from multiway.data.collate import DualCollate, Samples, Words
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
@@ -24,6 +25,7 @@ from multiway.engine.train import Job
 from multiway.errors import ConfigError
 from multiway.objectives.contrastive import Negatives
 from multiway.pretrained import Preprocessor, Pretrained
+from multiway.recipes.pictures import TokenizerOf, give_tokens
 from multiway.run import Run
 from multiway.types import Batch, Objective
 
@@ -35,10 +37,12 @@ Assemble = Callable[[Run, Words], tuple[Objective, Callable[[Samples], Batch]]]
 class Contrast:
     """Match pictures and texts. ``keep``: share of the patches of each picture that are read while training, ViTs only:
     fewer make shorter steps, and a short tuning with all of them recovers most (FLIP, arXiv 2212.00794);
-    ``negatives``: whom a pair is compared with, see `multiway.objectives.contrastive.Negatives`."""
+    ``negatives``: whom a pair is compared with, see `multiway.objectives.contrastive.Negatives`; ``augment``: whether
+    pictures are changed by RandAugment, too (masked.md 6.4)."""
 
     keep: float = 1.0
     negatives: Negatives = "gathered"
+    augment: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -52,36 +56,56 @@ def collate(run: Run, words: Words, model: Any) -> DualCollate:
     return DualCollate(words=words, grid=grid, branches=branches, keep=run.objective.keep, causal=model.causal)
 
 
-def build(run: Run, out: Path, assemble: Assemble) -> Job:
-    """Everything the loop needs for pairs; what is made once (the index) is kept below ``out``."""
+def build(
+    run: Run,
+    out: Path,
+    assemble: Assemble,
+    start: Callable[[Any, str], None] | None = None,
+    tokenizer_of: TokenizerOf | None = None,
+) -> Job:
+    """Everything the loop needs for pairs, texts or pictures; what is made once (index, stored views) is kept below
+    ``out``.
+
+    ``start(model, folder)``: fills a model with the weights of a folder, None = `start_from`; ``tokenizer_of``: makes
+    the image tokenizer of objectives that predict tokens, as `pictures.tokenizer_of`.
+    """
     data = run.data
     if run.init and not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))
     corpus = scene_corpus(run.seed) if data.root is None else open_corpus(data, out / "index")
     tokenizer = corpus.tokenizer
-    if not corpus.sources["pair"] or tokenizer is None:
-        raise ConfigError(f"{data.root} has no pictures with captions, which this recipe matches with each other")
-    if tokenizer.vocab > run.model.vocab or data.text_tokens > run.model.text_tokens:
+    items = {"image": data.images, "pair": data.pairs, "text": data.texts}
+    kinds = {kind: count for kind, count in items.items() if count}
+    lacking = [kind for kind in kinds if not corpus.sources[kind]]
+    if tokenizer is None or lacking:
+        what = {"image": "pictures", "pair": "pictures with captions", "text": "texts"}[(lacking or ["text"])[0]]
+        raise ConfigError(f"{data.root} has no {what}, of which this recipe learns")
+    longest = max(data.window if kind == "text" else data.text_tokens for kind in kinds)
+    if tokenizer.vocab > run.model.vocab or longest > run.model.text_tokens:
         raise ConfigError(
-            f"tokenizer and texts have {tokenizer.vocab} ids and up to {data.text_tokens} tokens, the model "
-            f"{run.model.vocab} and {run.model.text_tokens}: set model.vocab and data.text_tokens"
+            f"tokenizer and texts have {tokenizer.vocab} ids and up to {longest} tokens, the model {run.model.vocab} "
+            f"and {run.model.text_tokens}: set model.vocab, data.text_tokens and data.window"
         )
-    scale = None if data.pair_scale == 1 else (data.pair_scale, 1.0)
-    share = getattr(run.model, "share", None) if scale is None else None
-    view = View(
-        px=run.model.image_px, scale=scale, share=share, interpolation=data.interpolation, flip=data.flip / 2,
-        jitter=data.jitter,
-    )  # fmt: skip
+    views = {"image": view_of(run, data.image_scale), "pair": view_of(run, data.pair_scale)}
+    views = {kind: view for kind, view in views.items() if kind in kinds}
     torch.manual_seed(run.seed)
     objective, made = assemble(run, corpus.words(data))
     model: Any = objective.model
     objective.init_weights()
     if run.init:
-        start_from(model, run.init)
-    pairs = Stream(
-        kind="pair", sources=corpus.sources["pair"], weights=corpus.weights["pair"], items=data.pairs, seed=run.seed
-    )
-    load = Load(corpus=corpus, views={"pair": view}, seed=run.seed, decoder=data.decoder)
+        (start or start_from)(model, run.init)
+    streams = [
+        Stream(kind=kind, sources=corpus.sources[kind], weights=corpus.weights[kind], items=count, seed=run.seed)
+        for kind, count in kinds.items()
+    ]
+    stored, digest = {}, ""
+    if tokenizer_of is not None and views:
+        stored, digest = give_tokens(run, corpus, views, objective, tokenizer_of, out)
+    load = Load(
+        corpus=corpus, views=views, seed=run.seed, decoder=data.decoder, stored=stored,
+        mismatch=getattr(run.objective, "mismatch", 0.0),
+    )  # fmt: skip
+    shares = {kind: share for kind, share in getattr(run.objective, "shares", {}).items() if kind in kinds}
     preprocessor = Preprocessor.of(run.model, tokenizer, {"text_tokens": data.text_tokens})
 
     def export(weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -95,13 +119,28 @@ def build(run: Run, out: Path, assemble: Assemble) -> Job:
         return figures(Pretrained(model, tokenizer, preprocessor), run, out)
 
     return Job(
-        objective=objective, batches=Batches([pairs], load, made), data_hash=corpus.hash, export=export,
-        evaluate=evaluate,
+        objective=objective, batches=Batches(streams, load, made, shares or None), data_hash=corpus.hash + digest,
+        export=export, evaluate=evaluate,
+    )  # fmt: skip
+
+
+def view_of(run: Run, least: float) -> View:
+    """How pictures are shown while training; ``least``: smallest share of a picture's area that a crop keeps."""
+    data, scale = run.data, None if least == 1 else (least, 1.0)
+    plain = scale is not None or getattr(run.objective, "views", 0)  # stored views are crops, or the whole picture
+    return View(
+        px=run.model.image_px, scale=scale, share=None if plain else getattr(run.model, "share", None),
+        interpolation=data.interpolation, flip=data.flip / 2, jitter=data.jitter,
+        augment=PAIRED if getattr(run.objective, "augment", False) else None,
     )  # fmt: skip
 
 
 def figures(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:
-    """Retrieval and zero-shot classification of embedded scenes, or retrieval of the data's split ``val``."""
+    """Retrieval and zero-shot classification of embedded scenes, or retrieval of the data's split ``val``; of a model
+    that compares pairs.
+    """
+    if not run.data.pairs:
+        return {}
     if run.data.root is None:
         return {
             "retrieval": evaluation.retrieval_of_scenes(ready, run.seed),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multiway import pretrained
+from multiway.backbones.dvae import DiscreteVAE
 from multiway.backbones.vit import whole_patches
 from multiway.data.augment import RandAugment
 from multiway.data.collate import Sample, Samples, Words
@@ -45,13 +46,18 @@ from multiway.errors import ConfigError, DataError
 from multiway.nn.frozen import Frozen
 from multiway.nn.quantize import ImageTokenizer, PatchCodebook
 from multiway.pretrained import Preprocessor
+from multiway.published import located_weights
 from multiway.run import Checkpoint, Data, Optim, Parallel, Run, Schedule
 from multiway.tasks import image_classification
 from multiway.tasks.needs import check
 from multiway.types import Batch, Objective, move
+from multiway.weights.untrusted import read_published
 
 Assemble = Callable[[Run, Words], tuple[Objective, Callable[[Samples], Batch]]]
 """A recipe module's ``assemble``; pictures alone need no words."""
+
+TokenizerOf = Callable[[Run, Corpus, View, Path], tuple[ImageTokenizer, str]]
+"""Makes the image tokenizer of a run, perhaps fitted on such views and kept in the folder, and its identity."""
 
 HELD_OUT = 2000
 """Pictures of a validation split that are measured on at most."""
@@ -93,8 +99,8 @@ class Hiding:
 
 @dataclass(frozen=True, kw_only=True)
 class Codes(Hiding):
-    """Hiding, for objectives that predict visual tokens. ``tokenizer``: folder of a VQ-KD, None = mean patches, fitted
-    by k-means before training."""
+    """Hiding, for objectives that predict visual tokens. ``tokenizer``: folder of a VQ-KD, or file, folder or hub id of
+    DALL-E's encoder (``facebook/flava-image-codebook``), None = mean patches, fitted by k-means before training."""
 
     tokenizer: str | None = None
 
@@ -146,19 +152,58 @@ def teacher_of(run: Run) -> nn.Module:
 
 
 def tokenizer_of(run: Run, corpus: Corpus, view: View, out: Path) -> tuple[ImageTokenizer, str]:
-    """The image tokenizer a run names, and what identifies it; mean patches are fitted once and kept in ``out``."""
+    """The image tokenizer a run names, and what identifies it; mean patches are fitted once and kept in ``out``.
+
+    Raises ConfigError for a model that is none, ConversionError for a published file that is not DALL-E's encoder.
+    """
     if run.objective.tokenizer is None:
         book = make_codebook(run, corpus, view, out)
         return book, hashlib.sha256(book.centroids.numpy().tobytes()).hexdigest()
+    path = located_weights(run.objective.tokenizer)
+    if path.is_file() or not pretrained.is_ours(path):
+        return discrete_vae(run, read_published(path).state)
     found = pretrained.load(run.objective.tokenizer)
     model: Any = found.model
     if not callable(getattr(model, "decode", None)) or getattr(model, "codes", 0) != run.model.codes:
         raise ConfigError(
             f"{run.objective.tokenizer} is no image tokenizer of {run.model.codes} codes (model.codes): give the "
-            "folder of a VQ-KD, and set model.codes to the size of its codebook"
+            "folder of a VQ-KD or of DALL-E's encoder, and set model.codes to the size of its codebook"
         )
     model.set_image_size(run.model.image_px)
     return Frozen(model), found.fingerprint  # type: ignore[return-value]
+
+
+def discrete_vae(run: Run, state: Mapping[str, Tensor]) -> tuple[ImageTokenizer, str]:
+    """DALL-E's encoder with published weights, for pictures of the run, and what identifies it."""
+    width = next((len(tensor) for name, tensor in state.items() if name.startswith("blocks.input.")), 0)
+    model = DiscreteVAE(run.model.patch, run.model.codes, *([width] if width else []))
+    model.load_published(state)
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return Frozen(model), digest.hexdigest()  # type: ignore[return-value]
+
+
+def give_tokens(
+    run: Run,
+    corpus: Corpus,
+    views: Mapping[str, View],
+    objective: Any,
+    tokenizer: TokenizerOf,
+    out: Path,
+) -> tuple[dict[str, list[StoredViews | None]], str]:
+    """Give an objective the image tokenizer it asks; the views of each kind whose tokens are stored, and a hash of all.
+
+    The first of the views is what a tokenizer is fitted on.
+    """
+    objective.tokenizer, identity = tokenizer(run, corpus, next(iter(views.values())), out)
+    if not run.objective.views:
+        return {}, identity
+    stored, views_hash = stored_views(
+        corpus, objective.tokenizer, identity, views, each=run.objective.views, seed=run.seed, out=out,
+        track=partial(track, description="visual tokens", console=CONSOLE),
+    )  # fmt: skip
+    return stored, identity + views_hash
 
 
 def make_codebook(run: Run, corpus: Corpus, view: View, out: Path) -> PatchCodebook:
@@ -187,7 +232,7 @@ def build(
     run: Run,
     out: Path,
     assemble: Assemble,
-    tokenizer: Callable[[Run, Corpus, View, Path], tuple[ImageTokenizer, str]] | None = None,
+    tokenizer: TokenizerOf | None = None,
 ) -> Job:
     """Everything the loop needs for pictures alone; what is made once (index, stored views) is kept below ``out``.
 
@@ -213,15 +258,8 @@ def build(
     if isinstance(run.objective, Distil):
         data_hash += pretrained.load(run.objective.teacher).fingerprint
     elif tokenizer is not None:
-        made, identity = tokenizer(run, corpus, view, out)
-        objective.tokenizer = made  # type: ignore[assignment]
-        data_hash += identity
-        if run.objective.views:
-            stored, views_hash = stored_views(
-                corpus, made, identity, {"image": view}, each=run.objective.views, seed=run.seed, out=out,
-                track=partial(track, description="visual tokens", console=CONSOLE),
-            )  # fmt: skip
-            data_hash += views_hash
+        stored, digest = give_tokens(run, corpus, {"image": view}, objective, tokenizer, out)
+        data_hash += digest
     stream = Stream(
         kind="image", sources=corpus.sources["image"], weights=corpus.weights["image"], items=data.images, seed=run.seed
     )

@@ -246,11 +246,14 @@ _OPENAI = WeightMap(
     words={"n": {"0": "1", "1": "2", "2": "3", "3": "4"}},
     squeezed=_SQUEEZED,
     transposed=("encoder.vision.projection.weight", "encoder.language.projection.weight"),
+    dropped=("attn_mask",),
 )
 
 LAYOUTS: Mapping[str, WeightMap] = {
     "openai": dataclasses.replace(
-        _OPENAI, dropped=("input_resolution", "context_length", "vocab_size"), config={"activation": "quick_gelu"}
+        _OPENAI,
+        dropped=("input_resolution", "context_length", "vocab_size", *_OPENAI.dropped),
+        config={"activation": "quick_gelu"},
     ),
     "open_clip": dataclasses.replace(_OPENAI, config={"activation": "gelu"}),
     "transformers": WeightMap(

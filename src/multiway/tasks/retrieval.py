@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from multiway.backbones.vit import whole_patches
 from multiway.errors import ConfigError
-from multiway.metrics.recall import chance, recall
+from multiway.metrics.recall import chance, nearest, recall
 from multiway.objectives.contrastive import Negatives, pairwise_sigmoid, symmetric_cross_entropy
+from multiway.plan import make_plan
+from multiway.tasks.needs import check
 from multiway.types import Across, Batch, Objective, StepOutput
 
 
@@ -89,22 +92,33 @@ class ImageTextSigmoid(ImageTextContrast):
         return pairwise_sigmoid(image, text, scale, bias, across.gather, across.rank)
 
 
+Rerank = Callable[[np.ndarray, np.ndarray], Tensor]
+"""Numbers of pictures and of captions, int64 (M,) each, by picture -> how well each pair fits: float (M,)."""
+
+TOP = 32
+"""Candidates of each query that are re-ordered (masked.md 5.4)."""
+
+
 def evaluate(
     embed_image: Callable[[Any], Tensor],
     embed_text: Callable[[list[str]], Tensor],
     images: Sequence[Any] | Tensor,
     captions: Sequence[str],
     owner: Sequence[int] | np.ndarray | None = None,
+    rerank: Rerank | None = None,
+    top: int = TOP,
 ) -> dict[str, Any]:
     """Recall at 1, 5 and 10 both ways, shares in [0, 1], with the recall of random answers beside it.
 
     ``embed_image(images)``, ``embed_text(captions)``: unit vectors (N, D) and (M, D) float32 of all of them; owner:
     int (M,), the picture each caption describes, every picture having at least one; None = the i-th caption the i-th.
     A picture counts as answered by any of its captions (the Karpathy protocol); ties as in
-    `multiway.metrics.recall.recall`.
+    `multiway.metrics.recall.recall`. ``rerank``: orders the ``top`` nearest candidates of each query anew; a pair that
+    both its picture and its caption find is scored once; None = nothing does.
 
     Returns ``{"candidates": N, "captions": M, "image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}, "chance":
-    {"image_to_text": {...}, "text_to_image": {...}}}``. Raises ConfigError when captions and owners do not match.
+    {"image_to_text": {...}, "text_to_image": {...}}}``, and ``"reranked": {"top", "pairs": how many were scored,
+    "image_to_text", "text_to_image"}``. Raises ConfigError when captions and owners do not match, and for ``top`` < 1.
     """
     pictures = np.arange(len(images))
     owner = np.arange(len(captions)) if owner is None else np.asarray(owner)
@@ -113,12 +127,57 @@ def evaluate(
             f"retrieval: {len(captions)} captions with {len(owner)} owners do not describe each of {len(images)} "
             "pictures: expected one owner per caption, a picture's number, and a caption for every picture"
         )
+    if top < 1:
+        raise ConfigError(f"re-ranking orders the nearest 1 or more candidates anew, got {top}")
     image = embed_image(images).float().cpu().numpy()
     text = embed_text(list(captions)).float().cpu().numpy()
-    return {
+    found: dict[str, Any] = {
         "candidates": len(pictures),
         "captions": len(captions),
         "image_to_text": recall(image, text, pictures, owner),
         "text_to_image": recall(text, image, owner, pictures),
         "chance": {"image_to_text": chance(pictures, owner), "text_to_image": chance(owner, pictures)},
     }
+    if rerank is not None:
+        found["reranked"] = _reranked(image, text, owner, rerank, top)
+    return found
+
+
+def _reranked(image: np.ndarray, text: np.ndarray, owner: np.ndarray, rerank: Rerank, top: int) -> dict[str, Any]:
+    """Recall when the nearest candidates of every query are ordered anew."""
+    pictures, captions = np.arange(len(image)), np.arange(len(text))
+    told, seen = nearest(image, text, top), nearest(text, image, top)
+    found = np.concatenate([pictures[:, None] * len(text) + told, seen * len(text) + captions[:, None]], axis=None)
+    pairs, place = np.unique(found, return_inverse=True)
+    scores = rerank(pairs // len(text), pairs % len(text)).float().cpu().numpy()[place]
+    to_text, to_image = np.split(scores, [told.size])
+    return {
+        "top": top,
+        "pairs": len(pairs),
+        "image_to_text": recall(image, text, pictures, owner, first=(told, to_text.reshape(told.shape))),
+        "text_to_image": recall(text, image, owner, pictures, first=(seen, to_image.reshape(seen.shape))),
+    }
+
+
+def require_match(model: Any) -> None:
+    """Raise ConfigError, saying what would fit, unless a model can say how well a picture and a text fit."""
+    check(model, frozenset({frozenset({"image", "text"})}), "re-ranking")
+    if not hasattr(model, "match_head"):
+        raise ConfigError(
+            "re-ranking needs a model with a head that tells pairs that belong together from others, such as a VLMo or "
+            f"FLAVA has; this {type(model).__name__} has none: name another model to re-rank with"
+        )
+
+
+@torch.inference_mode()
+def match(model: Any, image: Tensor, text: Sequence[Tensor]) -> Tensor:
+    """How well the i-th picture and the i-th text fit: float32 (B,), log-odds that they belong together.
+
+    ``model``: answers ``match(plan, image=, text=) -> (B,)``, with its ``match_head``; the plan has ``model.leading``
+    tokens (1 where it does not say) in front of the patches of each picture. image: uint8 (B, 3, H, W); text: int64 ids
+    with their specials.
+    """
+    rows, columns = whole_patches(model.config.image_px, model.config.patch)
+    tokens = getattr(model, "leading", 1) + rows * columns
+    plan = make_plan({"pair": {"image": [tokens] * len(image), "text": [len(ids) for ids in text]}}).to(image.device)
+    return model.match(plan, image=image, text=torch.cat(list(text)).to(image.device)).float()

@@ -1,11 +1,12 @@
 """Zip archives of stored records, walked strictly: every byte of the file is a record's or the directory's.
 
 Nothing is unpacked and nothing is inflated, so reading takes no more memory than the file has bytes; two programs
-cannot see two different archives in one file.
+cannot see two different archives in one file. Records that nobody reads may be compressed.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -24,16 +25,17 @@ END, END_64, LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), s
 FULL = 0xFFFFFFFF
 """A size or offset that is written in the 64-bit extra field instead."""
 DESCRIPTOR_FOLLOWS, UTF_8 = 0x8, 0x800
+DEFLATED = 8
 DESCRIPTOR = 24
 """Longest form of a record's CRC and sizes behind it, in bytes."""
 
 
 class Record(NamedTuple):
-    """Where a record's bytes lie, how many there are, and their CRC-32."""
+    """Where a record's bytes lie, how many there are, and their CRC-32, None for those of a compressed one."""
 
     offset: int
     size: int
-    crc: int
+    crc: int | None
 
 
 class _Entry(NamedTuple):
@@ -41,21 +43,24 @@ class _Entry(NamedTuple):
 
     name: bytes
     flags: int
+    method: int
     crc: int
+    packed: int
     size: int
     offset: int
 
 
 class Archive:
-    """The records of a zip file by name, all of them stored.
+    """The records of a zip file by name, all of them stored, but for those named like ``unread``, which cannot be read.
 
     Raises ConversionError for a file that is cut short, has compressed, encrypted, repeated or too many records, or
     bytes that belong to none.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, unread: re.Pattern[str]) -> None:
         self.path = path
         self._file = file
+        self._unread = unread
         self.size = file.seek(0, 2)
         self.records: dict[str, Record] = {}
         start, length = self._directory()
@@ -74,8 +79,10 @@ class Archive:
             raise self._wrong(f"{start - place} bytes before its directory belong to no record")
 
     def check(self) -> None:
-        """Compare every record with its CRC. Raises ConversionError naming the first that differs."""
+        """Compare every stored record with its CRC. Raises ConversionError naming the first that differs."""
         for name, record in self.records.items():
+            if record.crc is None:
+                continue
             self._file.seek(record.offset)
             crc, left = 0, record.size
             while left:
@@ -89,6 +96,7 @@ class Archive:
     def read(self, name: str) -> bytearray:
         """All bytes of a record."""
         record = self.records[name]
+        assert not self._unread.fullmatch(name), "these are not read"
         content = bytearray(record.size)
         self._file.seek(record.offset)
         if self._file.readinto(content) != record.size:  # type: ignore[attr-defined]  typing's BinaryIO lacks it
@@ -129,9 +137,11 @@ class Archive:
             name, more = directory[place : place + named], directory[place + named : place + named + extra]
             place += named + extra + comment
             size, packed, offset = _wide(more, size, packed, offset)
-            if method or flags & ~(DESCRIPTOR_FOLLOWS | UTF_8) or size != packed:
+            stored = not method and size == packed
+            unread = method == DEFLATED and self._unread.fullmatch(_shown(name))
+            if flags & ~(DESCRIPTOR_FOLLOWS | UTF_8) or not (stored or unread):
                 raise self._wrong(f"{_shown(name)} is compressed or encrypted; save the file again without that")
-            yield _Entry(name, flags, crc, size, offset)
+            yield _Entry(name, flags, method, crc, packed, size, offset)
 
     def _record(self, entry: _Entry, end: int) -> Record:
         """Where an entry's bytes are; header, bytes and perhaps a descriptor must reach exactly to ``end``."""
@@ -139,16 +149,17 @@ class Archive:
         head = self._bytes(entry.offset, LOCAL.size)
         if len(head) < LOCAL.size or head[:4] != b"PK\3\4":
             raise self._wrong(f"no header of {name} at byte {entry.offset}")
-        _, _, flags, method, _, _, _, _, size, named, extra = LOCAL.unpack(head)
+        _, _, flags, method, _, _, _, packed, size, named, extra = LOCAL.unpack(head)
         offset = entry.offset + LOCAL.size + named + extra
         again = self._bytes(entry.offset + LOCAL.size, named)
-        if again != entry.name or method or flags != entry.flags or size not in (0, FULL, entry.size):
+        same = again == entry.name and (flags, method) == (entry.flags, entry.method)
+        if not same or packed not in (0, FULL, entry.packed) or size not in (0, FULL, entry.size):
             raise self._wrong(f"the header of {name} is not what the directory says")
-        behind = end - offset - entry.size
-        ends = [struct.pack(form, b"PK\7\x08", entry.crc, entry.size, entry.size) for form in _descriptors(entry)]
+        behind = end - offset - entry.packed
+        ends = [struct.pack(form, b"PK\7\x08", entry.crc, entry.packed, entry.size) for form in _descriptors(entry)]
         if behind and (not 0 < behind <= DESCRIPTOR or self._bytes(end - behind, behind) not in ends):
-            raise self._wrong(f"{name} has {entry.size} bytes in the directory and {end - offset} in the file")
-        return Record(offset, entry.size, entry.crc)
+            raise self._wrong(f"{name} has {entry.packed} bytes in the directory and {end - offset} in the file")
+        return Record(offset, entry.packed, None if entry.method else entry.crc)
 
     def _bytes(self, offset: int, count: int) -> bytes:
         self._file.seek(offset)
@@ -173,7 +184,7 @@ def _descriptors(entry: _Entry) -> list[str]:
     """The forms in which a record's CRC and sizes may follow it."""
     if not entry.flags & DESCRIPTOR_FOLLOWS:
         return []
-    return ["<4sLQQ"] if entry.size >= FULL else ["<4s3L", "<4sLQQ"]
+    return ["<4sLQQ"] if max(entry.packed, entry.size) >= FULL else ["<4s3L", "<4sLQQ"]
 
 
 def _shown(name: bytes) -> str:

@@ -1,14 +1,16 @@
 """What a pickle describes, without doing what it asks: nothing is imported, nothing is called.
 
 A pickle is a program for a small machine with a stack. This machine knows the few instructions that `torch.save`
-writes. It builds plain dicts, lists, tuples, texts and numbers, and for a tensor notes where its bytes lie. Settings
-beside the weights (`INERT`) become a name and nothing else. Any other name ends the reading: it could be code.
+and `torch.jit.save` write. It builds plain dicts, lists, tuples, texts and numbers, and for a tensor notes where its
+bytes lie. Settings beside the weights (`INERT`) become a name and nothing else; a module of TorchScript, where one is
+expected, a dict of its attributes. Any other name ends the reading: it could be code.
 
 No child process guards this: each instruction costs a bounded amount of time and memory, for at most MAX_BYTES of them.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pickletools import genops
@@ -45,6 +47,19 @@ INERT = frozenset((
     "numpy._core.multiarray.scalar",
 ))  # fmt: skip
 """Settings and figures that official files carry beside their weights: kept as a name, never made."""
+
+SCRIPT = frozenset(
+    f"torch.jit._pickle.{name}"
+    for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
+)
+"""What `torch.jit.save` calls its lists and typed values: inert, too."""
+MODULE = re.compile(r"__torch__(\.\w+)+", re.ASCII)
+"""Names of TorchScript's modules, whose code lies elsewhere in the archive and is never read."""
+MAX_ATTRIBUTES, MAX_NESTED, MAX_NAME = 100_000, 64, 500
+"""More attributes of modules than any model has, and longer names: a pickle can name one module many times, or inside
+itself.
+"""
+ATTRIBUTE = re.compile(r"\w+", re.ASCII)
 
 VALUES = frozenset((
     "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINSTRING",
@@ -84,6 +99,13 @@ class Inert(NamedTuple):
     name: str
 
 
+class Module:
+    """A module of TorchScript: its attributes by name."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[Any, Any] = {}
+
+
 class _Name(NamedTuple):
     """A function or class that the pickle names."""
 
@@ -94,17 +116,18 @@ class _Mark:
     """Where a group of items begins on the stack."""
 
 
-def describe(data: bytes, where: str) -> tuple[Any, Counter[str]]:
+def describe(data: bytes, where: str, *, script: bool = False) -> tuple[Any, Counter[str]]:
     """What a pickle holds, tensors as `Stored`; and how many `Inert` things of each name.
 
-    ``where``: named in errors. Raises ConversionError: "contains code" for a name outside the few that are known, an
-    instruction that `torch.save` does not write, or a damaged or too long pickle.
+    ``where``: named in errors; ``script``: True = of TorchScript, its modules as `Module`. Raises ConversionError:
+    "contains code" for a name outside the few that are known, an instruction that `torch.save` does not write, or a
+    damaged or too long pickle.
     """
     if len(data) > MAX_BYTES:
         raise ConversionError(
             f"{where} has {len(data)} bytes, expected at most {MAX_BYTES}: no model has so many names"
         )
-    machine = _Machine(where)
+    machine = _Machine(where, script)
     end = 0
     try:
         for op, value, place in genops(data):
@@ -118,11 +141,40 @@ def describe(data: bytes, where: str) -> tuple[Any, Counter[str]]:
     return result, machine.inert
 
 
+def flattened(module: Module, where: str) -> tuple[dict[str, Any], Counter[str]]:
+    """The tensors of a module and of those in it, by dotted names; and how often it has other attributes of each name.
+
+    Raises ConversionError when there are more than MAX_ATTRIBUTES, nested deeper than MAX_NESTED, or named otherwise.
+    """
+    found: dict[str, Any] = {}
+    other: Counter[str] = Counter()
+    left, seen = [("", 0, module)], 0
+    while left:
+        prefix, depth, own = left.pop()
+        seen += 1 + len(own.attributes)
+        if seen > MAX_ATTRIBUTES or depth > MAX_NESTED:
+            raise ConversionError(
+                f"{where}: its modules have more than {MAX_ATTRIBUTES} attributes, or are nested deeper than "
+                f"{MAX_NESTED}: no model is so"
+            )
+        for name, value in own.attributes.items():
+            if not isinstance(name, str) or not ATTRIBUTE.fullmatch(name) or len(prefix) + len(name) > MAX_NAME:
+                raise ConversionError(f"{where}: a module has the attribute {name!a:.200}, which is no name of one")
+            if isinstance(value, Module):
+                left.append((f"{prefix}{name}.", depth + 1, value))
+            elif isinstance(value, Stored):
+                found[f"{prefix}{name}"] = value
+            else:
+                other[f"{name} ({value.name if isinstance(value, Inert) else type(value).__name__})"] += 1
+    return found, other
+
+
 class _Machine:
     """The stack, what was put aside, a method per kind of instruction; damage shows as a ValueError and the like."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, script: bool) -> None:
         self.where = where
+        self.script = script
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.inert: Counter[str] = Counter()
@@ -164,7 +216,8 @@ class _Machine:
 
     def named(self, name: str) -> None:
         """Push a name that is known to be harmless."""
-        if name not in INERT | TENSORS | DTYPES.keys() | {PARAMETER, DICT}:
+        scripted = self.script and (name in SCRIPT or MODULE.fullmatch(name))
+        if not scripted and name not in INERT | TENSORS | DTYPES.keys() | {PARAMETER, DICT}:
             shown = name if name.isprintable() else ascii(name)
             raise ConversionError(
                 f"{self.where} contains code: {shown[:200]}; only tensors and plain values are read, nothing was run"
@@ -201,13 +254,20 @@ class _Machine:
         _fill(self.stack[-1], items)
 
     def _build(self) -> None:
-        self.stack.pop()  # attributes, such as a state dict's versions
-        if not isinstance(self.stack[-1], dict | Inert):
+        given, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, Module):
+            if made.attributes or not isinstance(given, dict):
+                raise ValueError("attributes of a module that are not told once, by their names")
+            made.attributes = given
+        elif not isinstance(made, dict | Inert):  # of these they are left, such as a state dict's versions
             raise ValueError("attributes of something that has none")
 
     def _newobj(self) -> None:
         _, made = self.stack.pop(), self.stack.pop()
-        self._make_inert(made)
+        if isinstance(made, _Name) and MODULE.fullmatch(made.name):
+            self.stack.append(Module())
+        else:
+            self._make_inert(made)
 
     def _reduce(self) -> None:
         given, made = self.stack.pop(), self.stack.pop()
@@ -236,7 +296,7 @@ class _Machine:
             raise ValueError("items of something that is no list")
 
     def _make_inert(self, made: Any) -> None:
-        if not isinstance(made, _Name) or made.name not in INERT:
+        if not isinstance(made, _Name) or made.name not in INERT | SCRIPT:
             raise ValueError("a call of something that is not to be called")
         self.inert[made.name] += 1
         self.stack.append(Inert(made.name))

@@ -1,9 +1,10 @@
 """Weights that somebody else published: read as data, whatever they are; nothing in a file is ever run.
 
-Three formats, told apart by their first bytes: safetensors, NumPy's ``.npz``, and the zip files of `torch.save`
-(``.pth``, ``.pt``, ``.bin``), whose pickle is read by `describe` and whose tensors are taken from the archive directly.
-Everything is checked against the size of the file before memory is taken for it. Refused by name: pickles and what
-else runs on reading, compressed or damaged archives. There is no flag that allows them.
+Three formats, told apart by their first bytes: safetensors, NumPy's ``.npz``, and the zip files of `torch.save` and
+`torch.jit.save` (``.pth``, ``.pt``, ``.bin``), whose pickle is read by `describe` and whose tensors are taken from the
+archive directly. TorchScript's code and its constants are never looked at. Everything is checked against the size of
+the file before memory is taken for it. Refused by name: pickles and what else runs on reading, compressed or damaged
+archives. There is no flag that allows them.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from torch import Tensor
 
 from multiway.errors import ConversionError, MissingInputError
 from multiway.weights.archive import MAX_RECORDS, Archive
-from multiway.weights.pickled import MAX_DIMENSIONS, Inert, Storage, Stored, describe
+from multiway.weights.pickled import MAX_DIMENSIONS, Inert, Module, Storage, Stored, describe, flattened
 
 WRAPPERS = ("model", "module", "state_dict")
 """Entries under which training scripts put the weights, the first of these that is there."""
 PARALLEL = "module."
 """What data parallelism puts before every name; taken off."""
-FILES = ("model.safetensors", "pytorch_model.bin")
-"""The weights of a hub folder, each perhaps in parts with ``.index.json`` behind its name."""
+FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+"""The weights of a hub folder, each perhaps in parts with ``.index.json`` behind its name, the first that is there."""
 
 DTYPES = frozenset((
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -45,7 +46,8 @@ MAX_HEADER = 10_000
 MAX_INDEX = 64 * 2**20
 PART = re.compile(r"[\w-][\w.-]*")
 
-SCRIPT = re.compile(r"[^/]+/(code/.*|constants\.pkl)")
+SCRIPT = re.compile(r"[^/]+/(code/.*|(constants|traced_inputs)(\.pkl|/\d+))")
+"""Records that only TorchScript has, and that are not read."""
 DATA = re.compile(r"[^/]+/data/\d+")
 TOLD = ("data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id")
 """What `torch.save` puts into its archives besides the data."""
@@ -55,8 +57,8 @@ TOLD = ("data.pkl", "version", "byteorder", ".format_version", ".storage_alignme
 class Published:
     """What a published file holds: ``state``, its tensors by name, in its own names and dtypes.
 
-    ``format``: ``safetensors``, ``npz`` or ``torch``; ``files``: all that were read; ``wrapper``: what was taken off
-    around the tensors; ``beside``: what else the file holds and was not read, with its kind.
+    ``format``: ``safetensors``, ``npz``, ``torch`` or ``torchscript``; ``files``: all that were read; ``wrapper``: what
+    was taken off around the tensors; ``beside``: what else the file holds and was not read, with its kind.
     """
 
     state: dict[str, Tensor]
@@ -96,7 +98,7 @@ def _files(path: Path) -> list[Path]:
             return [path / part for part in _parts(index)]
         if (path / name).is_file():
             return [path / name]
-    raise MissingInputError(f"{path}: no such file, and no folder with {' or '.join(FILES)}")
+    raise MissingInputError(f"{path}: no such file, and no folder with {', '.join(FILES[:-1])} or {FILES[-1]}")
 
 
 def _parts(index: Path) -> list[str]:
@@ -172,11 +174,8 @@ def _checked(tensors: Iterator[tuple[str, Tensor]], path: Path) -> dict[str, Ten
 
 def _read_zip(path: Path, file: BinaryIO) -> Published:
     """A zip: NumPy's or torch's, by the names of its records."""
-    archive = Archive(path, file)
+    archive = Archive(path, file, unread=SCRIPT)
     names = archive.records.keys()
-    script = next((name for name in names if SCRIPT.fullmatch(name)), None)
-    if script:
-        raise ConversionError(f"{path} contains code: {script} (TorchScript); expected weights alone")
     archive.check()
     if names and all(name.endswith(".npy") for name in names):
         arrays = ((name.removesuffix(".npy"), _array(archive, name)) for name in names)
@@ -213,19 +212,34 @@ def _array(archive: Archive, name: str) -> Tensor:
 
 
 def _read_torch(archive: Archive) -> Published:
-    """What `torch.save` wrote, its pickle read as a description."""
+    """What `torch.save` or `torch.jit.save` wrote, its pickle read as a description."""
     path, root = archive.path, next(iter(archive.records), "").partition("/")[0]
     known = {f"{root}/{name}" for name in TOLD}
+    script = [name for name in archive.records if SCRIPT.fullmatch(name)]
+    known |= {name for name in script if name.startswith(f"{root}/")}
     other = [name for name in archive.records if name not in known and not DATA.fullmatch(name)]
     if other or f"{root}/data.pkl" not in archive.records:
         raise ConversionError(f"{path} holds {(other or ['no data.pkl'])[0]}: it is not what torch.save writes")
     order = f"{root}/byteorder"
     if order in archive.records and archive.read(order) != b"little":
         raise ConversionError(f"{path} was written on a big-endian machine; save it again on another")
-    content, inert = describe(bytes(archive.read(f"{root}/data.pkl")), f"{path}: {root}/data.pkl")
-    described, wrapper, beside = _unwrapped(content, path)
+    pickle = f"{root}/data.pkl"
+    content, inert = describe(bytes(archive.read(pickle)), f"{path}: {pickle}", script=bool(script))
+    described, wrapper, beside = _scripted(content, path, script) if script else _unwrapped(content, path)
     beside |= {name: f"{count} times, not made" for name, count in inert.items()}
-    return Published(_checked(_tensors(described, archive, root), path), "torch", (path,), wrapper, beside)
+    kind = "torchscript" if script else "torch"
+    return Published(_checked(_tensors(described, archive, root), path), kind, (path,), wrapper, beside)
+
+
+def _scripted(content: Any, path: Path, script: list[str]) -> tuple[dict[Any, Any], str, dict[str, str]]:
+    """The tensors of a TorchScript file, that nothing is around them, and what is beside them."""
+    if not isinstance(content, Module):
+        raise ConversionError(f"{path} contains code: {script[0]} (TorchScript), and no module; expected weights alone")
+    found, other = flattened(content, str(path))
+    if not found:
+        raise ConversionError(f"{path} holds no weights: its modules have no tensors")
+    beside = {name: f"an attribute, {count} times" for name, count in other.items()}
+    return found, "", {**beside, "code and constants": f"{len(script)} records, not read"}
 
 
 def _unwrapped(content: Any, path: Path) -> tuple[dict[Any, Any], str, dict[str, str]]:
