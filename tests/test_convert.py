@@ -111,6 +111,22 @@ def test_the_receipt_says_what_was_read(tmp_path: Path) -> None:
         ("beit_micro_patch4_32_pt", "transformers", {"image_px": 20, "codes": 40}),
         ("beit3_tiny_patch16_64", "official", {"masked": False}),
         ("beit3_tiny_patch16_64", "official", {"contrast": False, "image_px": 96}),
+        ("beit3_tiny_patch16_64", "official", {"contrast": False, "masked": False, "classes": 10}),
+        ("beit3_tiny_patch16_64", "official", {"contrast": False, "codes": 0}),
+        ("beit3_tiny_patch16_64", "official", {"contrast": False, "masked": False, "answers": 9, "image_px": 96}),
+        (
+            "beit3_tiny_patch16_64",
+            "official_nlvr2",
+            {"contrast": False, "masked": False, "answers": 2, "pictures": 2},
+        ),
+        ("beit3_tiny_patch16_64", "official", {"vocab": 300, "text_positions": 40}),
+        ("vlmo_tiny_patch16_64", "official", {"contrast": "alone", "masked": False, "match": False, "image_px": 96}),
+        ("vlmo_tiny_patch16_64", "official", {"contrast": "none", "masked": False, "match": False, "answers": 9}),
+        (
+            "vlmo_tiny_patch16_64",
+            "official_nlvr2",
+            {"contrast": "none", "masked": False, "match": False, "answers": 2, "pictures": 2},
+        ),
         ("simmim_vit_micro_patch4_32", "official", {"image_px": 64}),
         ("fd_vit_micro_patch4_32", "official", {"teacher_dim": 24}),
         ("swin_micro_patch2_window4_32", "timm", {"classes": 9}),
@@ -122,6 +138,57 @@ def test_heads_and_sizes_are_told_by_shapes(name: str, layout: str, changes: dic
     path = published(tmp_path / "weights.pth", model, name, layout)
     receipt = convert(path, tmp_path / "out", reference="none")
     assert (receipt.model, receipt.config) == (name, changes)
+    same(load(tmp_path / "out").model, model)
+
+
+D, BEIT3 = 128, "beit3_tiny_patch16_64"
+FINAL = {f"beit3.encoder.layer_norm.{expert}.{part}": (D,) for expert in "AB" for part in ("weight", "bias")}
+
+
+def linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"),
+    [
+        ({"classes": 9}, {**norm("fc_norm", D), **linear("head", 9, D)}),
+        (
+            {"answers": 2, "pictures": 2},
+            {
+                **FINAL, **norm("head.norm1", 4 * D), **linear("head.dense1", 2 * D, 4 * D),
+                **norm("head.norm2", 2 * D), **linear("head.dense2", 2, 2 * D),
+            },
+        ),
+        (
+            {"answers": 9},
+            {
+                **norm("pooler.norm", D), **linear("pooler.dense", D, D), **linear("head.0", 2 * D, D),
+                **norm("head.1", 2 * D), **linear("head.3", 9, 2 * D),
+            },
+        ),
+        ({"masked": True, "codes": 0}, {**FINAL, **linear("mlm_head", 512, D)}),
+        ({"contrast": True}, {**FINAL, "vision_head.weight": (D, D), "language_head.weight": (D, D), "logit_scale": ()}),
+        ({"masked": True}, {**FINAL, **linear("mlm_head", 512, D), **linear("mim_head", 512, D)}),
+    ],
+    ids=["imagenet", "nlvr2", "vqa", "captioning", "retrieval", "pre-training"],
+)  # fmt: skip
+def test_every_published_kind_of_beit3_is_told_by_its_heads(changes: dict, heads: dict, tmp_path: Path) -> None:
+    """Their names and shapes are those of masked.md 6.6."""
+    settings = {"masked": False, "contrast": False, **changes}
+    model = made(BEIT3, **settings)
+    state = theirs(model, BEIT3, "official_nlvr2" if changes.get("pictures") else "official")
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    assert {key: shape for key, shape in found.items() if not key.startswith("beit3.") or key in FINAL} == heads
+    torch.save({"model": state}, tmp_path / "beit3.pth")
+    receipt = convert(tmp_path / "beit3.pth", tmp_path / "out", reference="none")
+    shape = presets()[BEIT3][1]
+    assert receipt.model == BEIT3
+    assert receipt.config == {key: value for key, value in settings.items() if getattr(shape, key) != value}
     same(load(tmp_path / "out").model, model)
 
 

@@ -139,11 +139,12 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("-k", type=int, default=5, help="how many names of each picture are printed")
 
     own = command("convert", convert, "turn published weights into a model folder, with a receipt")
-    own.add_argument("source", help="a file (safetensors, .npz, .pth), a folder with one, or a hub id")
+    own.add_argument("source", help="a file (safetensors, .npz, .pth, TorchScript), a folder with one, or a hub id")
     own.add_argument("--out", type=Path, required=True)
     own.add_argument("--model", help="which of `multiway list` it is; default: the one that explains every weight")
     own.add_argument("--layout", help="whose names the weights have; default: the one that explains every weight")
     own.add_argument("--image-px", type=int, metavar="N", help="read pictures of N x N pixels from now on")
+    own.add_argument("--tokenizer", metavar="FILE", help="the model's, such as beit3.spm; default: beside the weights")
 
     own = command("embed", embed, "turn pictures and texts into vectors; started again, it continues")
     own.add_argument("source")
@@ -164,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument("root")
     own.add_argument("--out", type=Path, required=True)
     own.add_argument("--split")
+    own.add_argument("--task", choices=QUESTIONS, help="the records are examples of a task, with answers")
     own.add_argument("--tokenizer", help="a tokenizer.json; default: one trained on the texts")
     own.add_argument("--vocab", type=int, default=8192)
     own.add_argument("--window", type=int, default=512)
@@ -174,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     own = kinds.add_parser("check", help="read every record once, write nothing", description="check raw data")
     own.add_argument("root")
     own.add_argument("--split")
+    own.add_argument("--task", choices=QUESTIONS, help="the records are examples of a task, with answers")
     own.add_argument("--missing", choices=("count", "skip"), default="count")
     own.set_defaults(call=data_check)
     own = kinds.add_parser("list", help="describe an index", description="describe an index")
@@ -377,7 +380,11 @@ def convert(given: argparse.Namespace) -> None:
     """A model folder and its receipt."""
     from multiway.convert import convert as work
 
-    work(given.source, given.out, name=given.model, layout=given.layout, image_px=given.image_px).show()
+    receipt = work(
+        given.source, given.out, name=given.model, layout=given.layout, image_px=given.image_px,
+        tokenizer=given.tokenizer,
+    )  # fmt: skip
+    receipt.show()
 
 
 def embed(given: argparse.Namespace) -> None:
@@ -403,7 +410,7 @@ def data_index(given: argparse.Namespace) -> None:
     tokenizer = TextTokenizer.load(given.tokenizer) if given.tokenizer else None
     index = build(
         given.root, given.out, split=given.split, tokenizer=tokenizer, vocab=given.vocab, window=given.window,
-        missing=given.missing, max_bad_fraction=given.max_bad, workers=given.workers,
+        missing=given.missing, max_bad_fraction=given.max_bad, workers=given.workers, task=given.task,
     )  # fmt: skip
     _table(index)
 
@@ -412,7 +419,8 @@ def data_check(given: argparse.Namespace) -> None:
     """The report of a pass over raw data."""
     from multiway.data.index import check
 
-    print(json.dumps(check(given.root, split=given.split, missing=given.missing).as_dict(), indent=2))
+    report = check(given.root, split=given.split, missing=given.missing, task=given.task)
+    print(json.dumps(report.as_dict(), indent=2))
 
 
 def data_list(given: argparse.Namespace) -> None:

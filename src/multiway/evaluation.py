@@ -367,7 +367,7 @@ def batches(model: Pretrained, records: Records) -> Iterator[Tensor]:
 def indexed(model: Pretrained, data: str, split: str | None) -> Iterator[Index]:
     """The data as an index: the one it is, or one made aside, in which no record may be bad."""
     if (Path(data) / "manifest.json").is_file():
-        yield Index.open(data)
+        yield Index.open(data).of()
         return
     with TemporaryDirectory() as aside:
         yield build(data, Path(aside) / "index", split=split, tokenizer=model.tokenizer, max_bad_fraction=0.0)

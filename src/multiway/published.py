@@ -29,12 +29,22 @@ GOOGLE, TIMM = "google", "timm"
 
 HEADS: Mapping[str, tuple[str, ...]] = {
     "classes": ("head.weight",),
-    "masked": ("mim_head.weight", "decoder.weight"),
+    "masked": (
+        "mim_head.weight", "mlm_head.weight", "mlm_head.decoder.weight", "heads.text.decoder.weight", "decoder.weight"
+    ),
+    "match": ("match_head.weight",),
+    "answers": ("answer_head.out.weight", "answer_head.weight"),
     "contrast": ("vision_head.weight",),
     "teacher_dim": ("projection.weight",),
-    "codes": ("mim_head.weight",),
-}
+    "codes": ("mim_head.weight", "heads.image.decoder.weight"),
+}  # fmt: skip
 """Settings that say how many rows one of these weights has, or whether there is one."""
+WORDS_HEAD = ("mlm_head.weight",)
+"""Without ``codes`` beside it, it is of words alone."""
+CONTRASTS = {"both": "joint_image_projection.weight", "alone": "image_projection.weight"}
+"""Words for the setting ``contrast`` where it is one, and the weight that each needs."""
+TEXTS = {"vocab": "language.words.weight", "text_tokens": "language.positions", "text_positions": "language.positions"}
+"""Settings of texts that say how many rows a table has."""
 GRIDS: Mapping[str, Callable[[int], int]] = {"positions": lambda n: n * n, "table": lambda n: (2 * n - 1) ** 2}
 """Weights that grow with the picture: how many rows they have for n x n patches, besides those of class tokens."""
 MOST_PATCHES = 512
@@ -245,21 +255,32 @@ def _unlike_fixed(
 def _heads(config: Any, state: Mapping[str, Tensor], weights: WeightMap) -> dict[str, Any]:
     """Settings by the rows of heads; a head that the file has not is not wanted, but some models have codes always."""
     usual = {f.name: f.default for f in dataclasses.fields(config)}
+
+    def rows(keys: Sequence[str]) -> int:
+        theirs = [their for key in keys for their in weights.names(key)]
+        return sum(len(state[their]) for their in theirs if their in state and state[their].ndim)
+
     found: dict[str, Any] = {}
     for name, keys in HEADS.items():
-        theirs = [their for key in keys for their in weights.names(key)]
-        rows = sum(len(state[their]) for their in theirs if their in state and state[their].ndim)
-        if name in usual and theirs and (rows or name != "codes" or usual[name] == 0):
-            found[name] = bool(rows) if isinstance(usual[name], bool) else rows
+        if name not in usual or isinstance(usual[name], str) or not any(map(weights.names, keys)):
+            continue
+        count = rows(keys)
+        if count or name != "codes" or usual[name] == 0 or rows(WORDS_HEAD):
+            found[name] = bool(count) if isinstance(usual[name], bool) else count
+    if isinstance(usual.get("contrast"), str):
+        found["contrast"] = next((kind for kind, key in CONTRASTS.items() if rows((key,))), "none")
     return found
 
 
 def _sizes(system: ModuleType, config: Any, state: Mapping[str, Tensor], weights: WeightMap) -> dict[str, Any]:
-    """Size of pictures and windows, from buffers of indices or the rows of positions; what cannot be told is left."""
+    """Sizes of tables of texts, of pictures and windows, the latter from buffers of indices or the rows of positions;
+    what cannot be told is left.
+    """
     if getattr(config, "window", 0):
         return _windows(config, state)
+    found = _texts(system, config, state, weights)
     if not isinstance(config.image_px, int):
-        return {}
+        return found
     for key, own in _weights(system, config).items():
         rows, theirs = GRIDS.get(key.rpartition(".")[2]), weights.names(key)
         if rows is None or len(theirs) != 1 or theirs[0] not in state or "language" in key:
@@ -268,8 +289,19 @@ def _sizes(system: ModuleType, config: Any, state: Mapping[str, Tensor], weights
         want = state[theirs[0]].numel() // own.shape[-1] - extra
         side = next((n for n in range(1, MOST_PATCHES) if rows(n) == want), None)
         if side:
-            return {"image_px": side * config.patch}
-    return {}
+            return {**found, "image_px": side * config.patch}
+    return found
+
+
+def _texts(system: ModuleType, config: Any, state: Mapping[str, Tensor], weights: WeightMap) -> dict[str, Any]:
+    """Settings by the rows of tables of words and of their positions."""
+    found = {}
+    for key, own in _weights(system, config).items():
+        for name, ending in TEXTS.items():
+            theirs = [their for their in weights.names(key) if their in state and state[their].ndim]
+            if theirs and key.endswith(ending) and len(own) == getattr(config, name, None):
+                found[name] = len(state[theirs[0]])
+    return found
 
 
 def _windows(config: Any, state: Mapping[str, Tensor]) -> dict[str, Any]:

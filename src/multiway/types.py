@@ -58,7 +58,7 @@ def move(batch: Batch | Sequence[Batch], device: torch.device) -> Any:
 class Across:
     """What an objective may do across processes; the default is one process.
 
-    ``gather``: (B, D) of this rank -> (world * B, D) of all ranks, rank order, with gradient.
+    ``gather``: (B, ...) of this rank -> (world * B, ...) of all ranks, rank order; floats with gradient.
     ``total``: sum of a tensor over all ranks, without gradient.
     ``rank``, ``world``: this process and how many there are.
     """

@@ -42,6 +42,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".tmp-")}
 
 
+def test_pictures_are_seen_as_the_model_wants_them(tmp_path):
+    """The centre is taken once."""
+    made, paths = pretrained(share=0.5), write_pictures(tmp_path / "data", 3)
+    embed(tmp_path / "data", made, tmp_path / "store")
+    assert torch.allclose(Store.open(tmp_path / "store").vectors, made.encode_image(paths), atol=1e-5)
+
+
 def test_every_record_has_a_row_or_a_fault(folder, tmp_path, capsys):
     assert embed(folder, MODEL, tmp_path / "store") == 3
     store = Store.open(tmp_path / "store")

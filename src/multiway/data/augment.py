@@ -125,9 +125,9 @@ USUAL = tuple(name for name in OPS if name != "identity")
 class RandAugment:
     """Random changes of colour and shape: ``augment(image, rng)`` maps uint8 (3, H, W) to uint8 (3, H, W).
 
-    ``ops`` of ``names`` (in OPS) are drawn with replacement, each is applied with probability ``chance``, at a magnitude
-    from N(``magnitude``, ``deviation``) clipped to [0, 10]; ``fill``: the colour 0 to 255 of what comes into view, the
-    mean of the data. Source: vision.md 2.3, timm's ``rand-m9-mstd0.5-inc1``.
+    ``ops`` of ``names`` (in OPS) are drawn with replacement, each is applied with probability ``chance``, at a
+    magnitude from N(``magnitude``, ``deviation``) clipped to [0, 10]; ``fill``: the colour 0 to 255 of what comes into
+    view, the mean of the data. Source: vision.md 2.3, timm's ``rand-m9-mstd0.5-inc1``.
     """
 
     ops: int = 2

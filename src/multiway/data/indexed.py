@@ -267,6 +267,13 @@ class Index:
             raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of this index: build the index again")
         return index
 
+    def of(self, task: str | None = None) -> Index:
+        """This index; raises ConfigError unless it has examples of the task, or None: pictures and texts."""
+        if self.task != task:
+            names = [f"examples ({name})" if name else "pictures and texts" for name in (self.task, task)]
+            raise ConfigError(f"{self.folder} is an index of {names[0]}, expected one of {names[1]}: index others")
+        return self
+
     def __reduce__(self) -> Any:
         return _reopen, (self.folder, self.roots, None)
 

@@ -145,10 +145,6 @@ def open_corpus(data: Data, folder: Path, split: str | None = None) -> Corpus:
     hashes, classes = [], {}
     for root, weight in {data.root: 1.0, **data.more}.items():
         found = index_of(Path(root), split or data.split, folder, tokenizer, data)
-        if found.task is not None:
-            raise ConfigError(
-                f"{root} is an index of examples ({found.task}), expected pictures or texts: index others"
-            )
         if found.tokenizer is not None:
             tokenizer = tokenizer or found.tokenizer
             if tokenizer.hash != found.tokenizer.hash:
@@ -218,11 +214,11 @@ def index_of(
 ) -> Index:
     """Open a root that is an index, or the index of it below ``folder``, or make that one; ``task``: of examples."""
     if (root / "manifest.json").is_file():
-        return Index.open(root)
+        return Index.open(root).of(task)
     if split is None and len(splits(root, task)) > 1:
         split = "train"
     if split and (root / split / "manifest.json").is_file():
-        return Index.open(root / split)
+        return Index.open(root / split).of(task)
     place = hashlib.sha256(f"{root.resolve()}{task or ''}".encode()).hexdigest()[:8]
     own = folder / f"{root.name or 'data'}-{split or 'all'}-{place}"
     if (own / "manifest.json").is_file():

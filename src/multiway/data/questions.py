@@ -13,7 +13,7 @@ from multiway.data.collate import Words
 from multiway.data.examples import Examples
 from multiway.data.prepare import index_of, words_of
 from multiway.data.text import TextTokenizer
-from multiway.errors import ConfigError, DataError
+from multiway.errors import DataError
 from multiway.run import Data
 
 SCENES, HELD_OUT_SCENES = 8000, 500
@@ -93,8 +93,7 @@ def open_examples(
         tokenizer = TextTokenizer.load(data.tokenizer)
     index = index_of(Path(data.root), split, folder, tokenizer, data, task)
     sources = [source for source in index.sources if isinstance(source, Examples)]
-    if not sources or index.tokenizer is None:
-        raise ConfigError(f"{data.root} is no index of examples: give the raw data, or index them with --task {task}")
+    assert index.tokenizer is not None, "examples have texts"
     return ExampleCorpus(
         sources=sources, labels=index.labels, tokenizer=index.tokenizer,
         hash=hashlib.sha256(f"{index.hash} {index.tokenizer.hash}".encode()).hexdigest(),

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from multiway.data.bpe import clip_bpe, read_merges
+from multiway.data.sentencepiece import sentencepiece
 from multiway.data.wordpiece import read_pieces, wordpiece
 from multiway.errors import ConfigError, DataError, MissingInputError
 
@@ -159,13 +160,15 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> TextTokenizer:
-        """Read a ``tokenizer.json``, BERT's pieces, ``vocab.txt``, or CLIP's merges as they were published,
-        ``merges.txt`` or ``bpe_simple_vocab_16e6.txt.gz``.
+        """Read a ``tokenizer.json``, or what was published: BERT's pieces, ``vocab.txt``, CLIP's merges, ``merges.txt``
+        or ``bpe_simple_vocab_16e6.txt.gz``, and BEiT-3's ``beit3.spm``.
 
         Raises MissingInputError without the file, DataError when it is not such a file or has other special ids.
         """
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such tokenizer file, expected a tokenizer.json")
+        if Path(path).suffix in (".spm", ".model"):
+            return cls(sentencepiece(Path(path)))
         if Path(path).suffix in (".txt", ".gz"):
             pieces = read_pieces(Path(path))
             return cls(wordpiece(pieces) if pieces else clip_bpe(read_merges(Path(path))))

@@ -107,7 +107,7 @@ def open_pictures(data: str | None, split: str | None, count: int) -> Pictures:
 
 
 def _indexed(path: Path) -> list[tuple[str, Callable[[], Tensor]]]:
-    sources: list[Source] = [source for source in Index.open(path).sources if source.kind != "text"]
+    sources: list[Source] = [source for source in Index.open(path).of().sources if source.kind != "text"]
     return [(source.key(i), partial(source.image, i)) for source in sources for i in range(len(source))]
 
 

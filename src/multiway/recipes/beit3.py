@@ -1,6 +1,6 @@
 """Recipes of BEiT-3: masked pre-training in five sizes, contrastive tuning (``_itc``), retrieval (``_retrieval``),
-captioning (``_captioning``), questions (``_vqa``, ``_nlvr2``, ``_entailment``, ``_text``), classes of pictures
-(``_classify``, ``_imagenet``).
+captioning (``_captioning``), questions (``_vqa``, ``_nlvr2``, ``_entailment``, ``_text_classification``), classes of
+pictures (``_classify``, ``_imagenet``).
 
 ``multiway train beit3.NAME --out DIR`` trains one; every setting can be overridden (``multiway show beit3.NAME``).
 Figures of base, large and giant are the paper's and the released code's (masked.md 6.5, 7.1); the batch is theirs as
@@ -392,13 +392,13 @@ def quick_entailment() -> Run:
     return questions.quick("beit3.quick_entailment", _asked(quick()).model, "entailment")
 
 
-def quick_text() -> Run:
+def quick_text_classification() -> Run:
     """Classes of texts or of pairs of texts, by the language half of a quick model: two CPU cores, minutes.
 
-    Command: ``multiway train beit3.quick_text --init runs/quick/final --out runs/text``, or with ``--data.root DIR``.
-    Result: see docs/questions.md, which names the commit.
+    Command: ``multiway train beit3.quick_text_classification --init runs/quick/final --out runs/text``, or with
+    ``--data.root DIR``. Result: see docs/questions.md, which names the commit.
     """
-    return questions.quick("beit3.quick_text", _asked(quick(), pictures=0).model, "text_classification")
+    return questions.quick("beit3.quick_text_classification", _asked(quick(), pictures=0).model, "text_classification")
 
 
 def _vqa(run: Run, lr: float, drop_path: float) -> Run:

@@ -170,13 +170,13 @@ def open_clip() -> Run:
     return dataclasses.replace(run, objective=Contrast(negatives="detached"), schedule=schedule)
 
 
-def quick_text() -> Run:
+def quick_text_classification() -> Run:
     """Classes of texts or of pairs of texts, by the text tower of a quick model: two CPU cores, minutes.
 
-    Command: ``multiway train clip.quick_text --init runs/clip/final --out runs/clip_text``, or with ``--data.root
-    DIR``, see docs/questions.md. Not yet run by us.
+    Command: ``multiway train clip.quick_text_classification --init runs/clip/final --out runs/clip_text``, or with
+    ``--data.root DIR``, see docs/questions.md. Not yet run by us.
     """
-    run = questions.quick("clip.quick_text", quick().model, "text_classification")
+    run = questions.quick("clip.quick_text_classification", quick().model, "text_classification")
     return dataclasses.replace(run, data=dataclasses.replace(run.data, text_tokens=64, window=64))
 
 

@@ -278,7 +278,7 @@ OWN = ("encoder.vision.projection.", "encoder.vision.pooler.", "encoder.language
 
 
 def vision_of(source: Any, model: FLAVA) -> dict[str, Tensor]:
-    """What another model gives the encoder of pictures, under our names: a FLAVA, or a ViT whose patches have positions.
+    """What another model gives the encoder of pictures, named as there: a FLAVA, or a ViT with positions for patches.
 
     Keys without a bias get one of zeros. Raises ConfigError for what does not fit.
     """
@@ -290,11 +290,13 @@ def vision_of(source: Any, model: FLAVA) -> dict[str, Tensor]:
     for name in [name for name in given if name.endswith(".q_bias")]:
         q, v = given.pop(name), given.pop(name.replace(".q_bias", ".v_bias"))
         given[name.replace(".q_bias", ".bias")] = torch.cat([q, torch.zeros_like(q), v])
-    renamed = {f"encoder.vision.trunk.{name.removeprefix('encoder.')}": x for name, x in given.items()}
-    for norm in ("norm.", "fc_norm."):
-        renamed |= {
-            f"encoder.vision.{name.replace(norm, 'norm.')}": x for name, x in given.items() if name.startswith(norm)
-        }
+    renamed = {}
+    for name, tensor in given.items():
+        part, _, rest = name.partition(".")
+        if part in ("norm", "fc_norm"):
+            renamed[f"encoder.vision.norm.{rest}"] = tensor
+        elif part == "encoder":
+            renamed[f"encoder.vision.trunk.{rest}"] = tensor
     return _fitting(renamed, model, ("encoder.vision.",))
 
 
@@ -310,7 +312,7 @@ def _fitting(given: Mapping[str, Tensor], model: FLAVA, parts: tuple[str, ...]) 
     own = {name: x for name, x in model.state_dict().items() if name.startswith(parts)}
     found = {name: given[name] for name, x in own.items() if name in given and given[name].shape == x.shape}
     lacking = [name for name in own if name not in found and not name.startswith((*OWN, "encoder.vision.trunk.hide_"))]
-    foreign = [name for name in given if ".blocks." in name and name.startswith(parts) and name not in own]
+    foreign = [name for name in given if name.startswith(parts) and name not in own]
     if lacking or foreign:
         raise ConfigError(
             f"the model does not fit {parts[0]}*: it lacks {', '.join(lacking[:5]) or 'nothing'} and has also "

@@ -60,13 +60,13 @@ def base() -> Run:
     )
 
 
-def quick_text() -> Run:
+def quick_text_classification() -> Run:
     """Classes of texts or of pairs of texts, by the text tower of a quick model: two CPU cores, minutes.
 
-    Command: ``multiway train siglip.quick_text --init runs/siglip/final --out runs/siglip_text``, or with ``--data.root
-    DIR``, see docs/questions.md. Not yet run by us.
+    Command: ``multiway train siglip.quick_text_classification --init runs/siglip/final --out runs/siglip_text``, or
+    with ``--data.root DIR``, see docs/questions.md. Not yet run by us.
     """
-    run = questions.quick("siglip.quick_text", quick().model, "text_classification")
+    run = questions.quick("siglip.quick_text_classification", quick().model, "text_classification")
     return dataclasses.replace(run, data=dataclasses.replace(run.data, text_tokens=32, window=32))
 
 

@@ -1,15 +1,15 @@
 """Recipes of VLMo: its three stages, and retrieval (``_retrieval``, ``_flickr``).
 
-``multiway train vlmo.NAME --data.root DIR --out RUN`` trains one. Vision comes from a BEiT: ``--init`` of the stage of
-texts (``_text``) takes its folder, trained here or converted; ``--init`` of the stage of pairs (``base``, ``large``,
-``base_plus``) takes what the stage of texts left, and that of retrieval what pairs left. Figures are those of the
-released code (masked.md 5.4). A batch larger than the memory is trained with ``--parallel.micro N`` at equal maths.
+``multiway train vlmo.NAME --data.root DIR --out RUN`` trains one. Vision comes from a BEiT, trained here or converted,
+whose folder the stage of texts (``_text``) takes as ``--objective.vision``. The stage of pairs (``base``, ``large``,
+``base_plus``) takes what that left as ``--init``, and retrieval what pairs left. Figures are those of the released code
+(masked.md 5.4). A batch larger than the memory is trained with ``--parallel.micro N`` at equal maths.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ from multiway.weights.rename import WeightMap
 @dataclass(frozen=True, kw_only=True)
 class HiddenWords:
     """The stage of texts. ``ratio``: share of the words that are hidden; ``whole_words``: whole ones, else piece by
-    piece."""
+    piece; ``vision``: folder of a BEiT that all starts from that pictures go through, "" = none."""
 
     ratio: float = 0.15
     whole_words: bool = True
+    vision: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,8 @@ def quick_vision() -> Run:
 def quick_text() -> Run:
     """The stage of texts for ``quick``, all frozen that reads none: two CPU cores, minutes.
 
-    Command: ``multiway train vlmo.quick_text --init runs/vlmo_vision/final --out runs/vlmo_text``. Sizes and rates are
-    ours. Not yet run by us.
+    Command: ``multiway train vlmo.quick_text --objective.vision runs/vlmo_vision/final --out runs/vlmo_text``. Sizes
+    and rates are ours. Not yet run by us.
     """
     run = quick()
     return dataclasses.replace(
@@ -149,7 +150,7 @@ def base_text() -> Run:
     """The stage of texts at the released base size, from a BEiT-B/16: 8 or more GPUs.
 
     Command: ``torchrun --nproc-per-node 8 -m multiway train vlmo.base_text --data.root DIR --data.tokenizer vocab.txt
-    --init BEIT --out runs/vlmo_text``. Not yet run by us.
+    --objective.vision BEIT --out runs/vlmo_text``. Not yet run by us.
     """
     return _text("base")
 
@@ -285,23 +286,20 @@ def assemble(run: Run, words: Words) -> tuple[Objective, Callable[[Samples], Bat
 
 def build(run: Run, out: Path) -> Job:
     """Everything the loop needs."""
-    return beit.build(run, out) if isinstance(run.objective, Codes) else pairs.build(run, out, assemble, start_from)
-
-
-def start_from(model: VLMo, folder: str) -> None:
-    """Fill a model with the weights of a VLMo's folder, heads that are new stay as they are; or its pictures' half with
-    those of a BEiT's.
-
-    Raises ConfigError when what is there does not fit.
-    """
-    source: Any = pretrained.load(folder).model
-    if not isinstance(source, BEiT):
-        questions.start_from(model, folder)
-        return
-    source.set_image_size(model.config.image_px)
-    given = vision_of(source.state_dict(), model)
-    model.load_state_dict({**model.state_dict(), **given})
-    CONSOLE.print(f"weights of pictures and of attention from {folder}: {len(given)} tensors; all else is new")
+    if isinstance(run.objective, Codes):
+        return beit.build(run, out)
+    folder = getattr(run.objective, "vision", "")
+    if run.init and folder:
+        raise ConfigError("--init names all weights: leave objective.vision empty")
+    if run.data.pairs == 1:
+        raise ConfigError("one pair has no other to be compared with: set data.pairs to 2 or more")
+    job = pairs.build(run, out, assemble, questions.start_from)
+    if folder:
+        model: Any = job.objective.model
+        given = vision_of(pretrained.load(folder).model, model)
+        model.load_state_dict({**model.state_dict(), **given})
+        CONSOLE.print(f"{len(given)} weights from {folder}")
+    return job
 
 
 _ATTENTION, _FFN = "encoder.blocks.{layer}.attention.{part}.", "encoder.blocks.{layer}.ffn."
@@ -318,13 +316,16 @@ _BEIT = WeightMap(
 """Where BEiT has what VLMo starts from (masked.md 5.6); ``bias``: its biases, those of all layers side by side."""
 
 
-def vision_of(beit: Mapping[str, Tensor], model: VLMo) -> dict[str, Tensor]:
-    """What a BEiT that reads pictures of the same size gives a VLMo, under its names: all that pictures go through.
+def vision_of(source: Any, model: VLMo) -> dict[str, Tensor]:
+    """What a BEiT gives a VLMo, under its names: all that pictures go through, resized to its pictures.
 
-    Biases of text and between both stay zero, and so does the final norm where the BEiT has none of every token. Raises
-    ConfigError when something is missing there or has another shape.
+    Biases of texts and between both begin at zero; the final norm stays where the BEiT has none of every token. Raises
+    ConfigError for another kind of model, and when something is missing there or has another shape.
     """
-    own = model.state_dict()
+    if not isinstance(source, BEiT):
+        raise ConfigError(f"objective.vision holds a {type(source).__name__}: VLMo's vision is a BEiT")
+    source.set_image_size(model.config.image_px)
+    own, beit = model.state_dict(), dict(source.state_dict())
     tables = [name for name in beit if name.endswith("bias.table")]  # of every layer, in order, or the one of all
     if tables and model.bias is not None:
         rows = torch.cat([beit[name] for name in tables] * (model.layers if len(tables) == 1 else 1), dim=1)

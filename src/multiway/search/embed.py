@@ -6,6 +6,7 @@ at all, so that any number of processes may share the work, be killed, and start
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -134,7 +135,7 @@ def embed(
 def list_entries(source: Path, split: str | None = None) -> Listing:
     """The entries of an index or of raw data. Raises MissingInputError and ConfigError as they do."""
     if (source / "manifest.json").is_file():
-        index = Index.open(source)
+        index = Index.open(source).of()
         return Listing(partial(_of_index, index), sum(len(part) for part in index.sources), index.hash)
     raw = discover(source, split)
     digest, count, ignored = hashlib.sha256(), 0, 0
@@ -297,8 +298,9 @@ def _vectors(rows: list[tuple[Entry, Tensor | None]], encoder: Pretrained, batch
     for place, (entry, _) in enumerate(rows):
         places[entry.kind].append(place)
     parts, order = [torch.empty(0, 0)], places["image"] + places["text"]
-    if places["image"]:
-        parts.append(encoder.encode_image([p for _, p in rows if p is not None], batch=batch))
+    if places["image"]:  # which are views already: their centre was taken
+        whole = dataclasses.replace(encoder, preprocessor=dataclasses.replace(encoder.preprocessor, share=None))
+        parts.append(whole.encode_image([p for _, p in rows if p is not None], batch=batch))
     if places["text"]:
         parts.append(encoder.encode_text([rows[place][0].captions[0] for place in places["text"]], batch=batch))
     joined = torch.cat([part for part in parts if len(part)] or parts)

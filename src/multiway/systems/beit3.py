@@ -564,7 +564,7 @@ _NLVR2 = (
 
 LAYOUTS: Mapping[str, WeightMap] = {
     "official": dataclasses.replace(_OFFICIAL, rules=(*_OFFICIAL.rules, *_VQA)),
-    "official_nlvr2": dataclasses.replace(_OFFICIAL, rules=(*_OFFICIAL.rules, *_NLVR2)),
+    "official_nlvr2": dataclasses.replace(_OFFICIAL, rules=(*_OFFICIAL.rules, *_NLVR2), config={"pictures": 2}),
 }
 """Names in the released files, which are torchscale's behind "beit3."; the shared variant was never released. Heads of
 two pictures have other names than those of one.
