@@ -172,7 +172,10 @@ def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
             },
         ),
         ({"masked": True, "codes": 0}, {**FINAL, **linear("mlm_head", 512, D)}),
-        ({"contrast": True}, {**FINAL, "vision_head.weight": (D, D), "language_head.weight": (D, D), "logit_scale": ()}),
+        (
+            {"contrast": True},
+            {**FINAL, "vision_head.weight": (D, D), "language_head.weight": (D, D), "logit_scale": ()},
+        ),
         ({"masked": True}, {**FINAL, **linear("mlm_head", 512, D), **linear("mim_head", 512, D)}),
     ],
     ids=["imagenet", "nlvr2", "vqa", "captioning", "retrieval", "pre-training"],

@@ -18,6 +18,7 @@ A **batch** is a plain ``dict`` with this closed vocabulary (B images, R text to
 | `drop_path` | float32 (2 L, S) | uniform draws in [0, 1) per branch and sample; absent = nothing is dropped |
 | `sample` | int64 (S,) | number of each record in its kind's source, in plan order |
 | `match` | bool (A,) | of every pair that is read jointly: True = its picture and its text belong together |
+| `match_plan` | `Plan` | all pairs together, four times: words hidden, whole, another picture, another text (padded) |
 | `match_draw` | float32 (A, 2) | uniform draws in [0, 1) that choose another text and another picture for it |
 | `label` | int64 (B,) | class of each picture, text or example (fine-tuning tasks) |
 | `score` | float32 (B, C) | how right each of C answers is, in [0, 1] (visual question answering) |

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,3 +127,29 @@ def test_views_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
     image, code = stored["image"][0].draw(torch.zeros(3, 12, 20, dtype=torch.uint8), 0, (8, 16), generator(0))
     assert image.shape == (3, 8, 16) and code.shape == (4,)
     assert store(View(px=(8, 16), scale=(0.5, 1.0)))[1] == store(View(px=(8, 16), scale=(0.5, 1.0)))[1]
+
+
+def test_some_pairs_get_the_text_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "SCENES", 200)
+    corpus = scene_corpus(0)
+    plain = Load(corpus=corpus, views={"image": VIEW, "pair": VIEW}, seed=3)
+    mixed = dataclasses.replace(plain, mismatch=0.3)
+    wrong = []
+    for record in range(100):
+        one, other, again = plain("pair", 1, record, 2), mixed("pair", 1, record, 2), mixed("pair", 1, record, 2)
+        own = [text.tolist() for text in corpus.sources["pair"][1].texts(record)]
+        assert one.match and torch.equal(one.image, other.image) and np.array_equal(again.text, other.text)
+        assert other.match == (other.text.tolist() in own) == again.match
+        assert not other.match or np.array_equal(one.text, other.text)
+        wrong.append(not other.match)
+    assert 0.15 < np.mean(wrong) < 0.45  # standard error .046
+    assert mixed("image", 1, 0, 0).match and mixed("text", 1, 0, 0).match
+    same = [mixed(kind, 1, 4, 0).rng.random() for kind in ("image", "text")]
+    assert same == [plain(kind, 1, 4, 0).rng.random() for kind in ("image", "text")]
+
+
+def test_where_all_texts_are_alike_all_pairs_match(tmp_path: Path) -> None:
+    captions = {name.replace("png", "txt"): "the same" for name in CLASSES}
+    corpus = opened(write(tmp_path / "raw", {**CLASSES, **captions}), tmp_path)
+    load = Load(corpus=corpus, views={"pair": VIEW}, seed=0, mismatch=0.9)
+    assert all(load("pair", 0, record, 0).match for record in range(6))

@@ -77,8 +77,9 @@ def batch_of(pixels: Tensor, ids: Tensor, shown: Tensor, pad: Tensor, draws: Ten
     lengths = (~pad).sum(1).tolist()
     plan = make_plan({"image": {"image": [17] * len(pixels)}, "text": {"text": lengths}})
     hidden = (shown != ids)[~pad].nonzero()[:, 0]
+    together = make_plan({"pair": {"image": [17] * 16, "text": lengths * 3 + [12] * 4}})
     return {
-        "plan": plan, "image": pixels, "text": shown[~pad], "text_hidden": hidden, "text_target": ids[~pad][hidden],
+        "plan": plan, "match_plan": together, "image": pixels, "text": shown[~pad], "text_hidden": hidden, "text_target": ids[~pad][hidden],
         "match_draw": draws,
     }  # fmt: skip
 

@@ -192,7 +192,8 @@ class DualCollate:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchCollate(DualCollate):
-    """As `DualCollate`, with words of every text hidden, and draws that choose other partners for every pair.
+    """As `DualCollate`, with words of every text hidden, and what it takes to read each pair together: with its words
+    hidden, whole, with another picture, and with another text, whose length is not known yet.
 
     ``ratio``: share of the words that are hidden; ``whole_words``: whole ones, else piece by piece.
     """
@@ -204,7 +205,7 @@ class MatchCollate(DualCollate):
         self.words.require_hiding(self.whole_words)
 
     def __call__(self, samples: Samples) -> Batch:
-        """Lay out the pairs apart, then hide words and draw."""
+        """Lay out the pairs apart and together, hide words and draw."""
         batch, ordinary = super().__call__(samples), (self.words.first, self.words.stop)
         begins = self.words.begins if self.whole_words else None
         texts, hidden, targets, before = [], [], [], 0
@@ -218,6 +219,9 @@ class MatchCollate(DualCollate):
         batch["text"] = torch.from_numpy(np.concatenate(texts))
         batch["text_hidden"] = torch.from_numpy(np.concatenate(hidden))
         batch["text_target"] = torch.from_numpy(np.concatenate(targets))
+        own, picture = [len(ids) for ids in texts], [self.grid[0] * self.grid[1] + 1]
+        words = {"image": picture * 4 * len(own), "text": own * 3 + [self.words.longest] * len(own)}
+        batch["match_plan"] = make_plan({"pair": words})
         draws = [sample.rng.random(2, dtype=np.float32) for sample in samples["pair"]]
         batch["match_draw"] = torch.from_numpy(np.stack(draws))
         return batch

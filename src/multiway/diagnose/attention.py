@@ -155,12 +155,15 @@ def of_sequence(module: SelfAttention, x: Tensor, bias: Tensor | None = None, *,
     return module.maps(x, bias)[:, None], *_on_grid(x.shape[1], px, grid, x.device)
 
 
-def of_packed(module: Attention, x: Tensor, plan: Plan, *, px: Pair, grid: Pair) -> Seen:
-    """What pictures alone see among packed rows (BEiT-3's vision half); W is 1."""
+def of_packed(
+    module: Attention, x: Tensor, plan: Plan, bias: Mapping[str, Tensor] | None = None, *, px: Pair, grid: Pair
+) -> Seen:
+    """What pictures alone see among packed rows (the vision half of BEiT-3 or VLMo); W is 1."""
     [group] = plan.groups
     q, k, _ = module.qkv(x, plan).view(group.samples, group.length, 3, module.heads, -1).permute(2, 0, 3, 1, 4)
     one = torch.eye(group.length, dtype=q.dtype, device=q.device)
-    return attend_by_gemm(q, k, one, None)[:, None], *_on_grid(group.length, px, grid, x.device)
+    maps = attend_by_gemm(q, k, one, None if bias is None else bias[group.kind])
+    return maps[:, None], *_on_grid(group.length, px, grid, x.device)
 
 
 def of_windows(module: WindowAttention, x: Tensor, layout: Layout, *, px: Pair, grid: None) -> Seen:

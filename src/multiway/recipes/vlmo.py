@@ -69,7 +69,7 @@ def quick() -> Run:
         recipe="vlmo.quick",
         model=PRESETS["vlmo_tiny_patch16_64"],
         objective=Joint(),
-        data=Data(pairs=64, vocab=512, text_tokens=64, window=64, pair_scale=1.0, flip=False, jitter=0.0),
+        data=Data(pairs=64, vocab=512, text_tokens=32, window=32, pair_scale=1.0, flip=False, jitter=0.0),
         optim=Optim(lr=2e-3, matrices="muon"),
         schedule=Schedule(steps=800, warmup=100, final_lr=2e-5),
         parallel=Parallel(precision="fp32"),

@@ -504,7 +504,8 @@ class MaskedContrastMatching(Objective):
         draws, scale = torch.cat([part["match_draw"] for part in parts]), self.model.temperature()
         texts = draw_others(scale * image @ everyone(text).T, own, draws[:, 0])
         pictures = draw_others(scale * text @ everyone(image).T, own, draws[:, 1])
-        padded = [padded_texts(part["plan"], whole_text(part), self.model.config.text_tokens) for part in parts]
+        longest = parts[0]["match_plan"].groups[0].length - self.model.picture_tokens
+        padded = [padded_texts(part["plan"], whole_text(part), longest) for part in parts]
         ids, lengths = (everyone(torch.cat(own)) for own in zip(*padded, strict=True))
         shown = everyone(torch.cat([part["image"] for part in parts]))
         chosen = zip(texts.split(size), pictures.split(size), strict=True)
@@ -514,19 +515,14 @@ class MaskedContrastMatching(Objective):
         """Sums of losses and hits of the hidden words of pairs, and of the judgements of the pairs, of texts with other
         ``pictures``, and of pictures with other texts (``ids``, ``lengths``).
         """
-        model, image, longest = self.model, batch["image"], self.model.config.text_tokens
-        (hidden, count), (whole, _) = (
-            padded_texts(batch["plan"], text, longest) for text in (batch["text"], whole_text(batch))
-        )
-        texts, counts = torch.cat([hidden, whole, whole, ids]), torch.cat([count, count, count, lengths])
-        place = torch.arange(longest, device=texts.device)
-        pictured = [model.picture_tokens] * len(counts)
-        plan = make_plan({"pair": {"image": pictured, "text": counts.tolist()}}).to(image.device)
+        model, image, whole = self.model, batch["image"], whole_text(batch)
         draws = batch.get("drop_path")
         tokens = model(
-            plan, image=torch.cat([image, image, pictures, image]), text=texts[place < counts[:, None]],
+            with_lengths(batch["match_plan"], lengths, ids.shape[1]),
+            image=torch.cat([image, image, pictures, image]),
+            text=torch.cat([batch["text"], whole, whole, ids.flatten()]),
             draws=None if draws is None else torch.cat([draws, draws], dim=1),
-        )  # fmt: skip
+        )
         odds = model.matches(tokens)[len(image) :]
         right = torch.arange(len(odds), device=odds.device) < len(image)
         losses = F.softplus(torch.where(right, -odds, odds))  # cross-entropy of the two scores
@@ -554,6 +550,18 @@ def padded_texts(plan: Plan, text: Tensor, longest: int) -> tuple[Tensor, Tensor
     place = torch.arange(longest, device=text.device)
     index = (starts[:, None] + place).clamp(max=len(text) - 1)
     return text[index] * (place < lengths[:, None]), lengths
+
+
+def with_lengths(plan: Plan, lengths: Tensor, longest: int) -> Plan:
+    """The plan of pairs, whose last texts are ``longest`` tokens, of which nobody sees those behind ``lengths``, int64
+    (B,).
+    """
+    [group] = plan.groups
+    every = torch.ones(group.samples, 1, 1, group.length, dtype=torch.bool, device=lengths.device)
+    keep = every if group.keep is None else group.keep.clone()
+    place = torch.arange(longest, device=lengths.device)
+    keep[-len(lengths) :, 0, 0, group.length - longest :] = place < lengths[:, None]
+    return dataclasses.replace(plan, groups=(dataclasses.replace(group, keep=keep),))
 
 
 _BLOCK = (
