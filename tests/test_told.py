@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from multiway import reference
 from multiway.convert import convert
 from multiway.data.bpe import clip_bpe
+from multiway.data.text import TextTokenizer
 from multiway.errors import ConfigError, ConversionError, DataError
 from multiway.pretrained import load
-from multiway.systems import clip, siglip
+from multiway.systems import beit3, clip, siglip
 from multiway.weights.rename import to_theirs
 from tests.contracts.toys import randomize
+from tests.data.test_sentencepiece import written
 
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
 VOCAB = 512 + len(MERGES) + 2
@@ -32,7 +32,6 @@ TINY = clip.Config(
     text_hidden=128, text_tokens=12, vocab=VOCAB,
 )  # fmt: skip
 RESNET = dataclasses.replace(TINY, dim=8, depth=12, heads=12, hidden=3072, stages=(2, 1, 1, 1), patch=32, image_px=64)
-STUBS = Path(__file__).parent / "parity" / "stubs"
 
 
 def made(shape: clip.Config = TINY) -> clip.CLIP:
@@ -242,6 +241,19 @@ def test_tokenizers_that_do_not_fit_are_told(tmp_path: Path) -> None:
     assert load(tmp_path / "out").encode_text("cat").shape == (1, 20)
 
 
+def test_beit3_takes_its_published_tokenizer(tmp_path: Path) -> None:
+    model = beit3.BEiT3(beit3.PRESETS["beit3_tiny_patch16_64"])
+    model.init_weights()
+    torch.save({"model": to_theirs(model.state_dict(), beit3.LAYOUTS["official"])}, tmp_path / "beit3.pth")
+    path = written(tmp_path / "beit3.spm")
+    receipt = convert(tmp_path / "beit3.pth", tmp_path / "out", tokenizer=path, reference="none")
+    assert receipt.tokenizer["name"] == "beit3.spm"
+    found = load(tmp_path / "out")
+    assert found.tokenizer is not None and found.tokenizer.hash == TextTokenizer.load(path).hash
+    assert found.preprocessor.hide == found.tokenizer.vocab - 1
+    assert found.encode_text("a cat").shape == (1, 128)
+
+
 # ---------------------------------------------------------------------------------------------------------- TorchScript
 
 
@@ -287,32 +299,26 @@ def test_openais_torch_script_becomes_its_model(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- references
 
 
-def converted(path: Path, out: Path) -> dict[str, Any]:
-    """The receipt of a conversion in a process of its own, with the programs to compare with on its path."""
-    command = [sys.executable, "-m", "multiway", "convert", str(path), "--out", str(out)]
-    env = {**os.environ, "PYTHONPATH": str(STUBS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    return json.loads((out / "receipt.json").read_text())
-
-
 @pytest.mark.parity
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="open_clip is not installed")
 @pytest.mark.parametrize("shape", [TINY, dataclasses.replace(RESNET, activation="gelu")], ids=["vit", "resnet"])
-def test_a_folder_of_open_clip_is_compared_with_it(shape: clip.Config, tmp_path: Path) -> None:
+def test_a_folder_of_open_clip_is_compared_with_it(
+    shape: clip.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "parity" / "stubs"))
     quick = shape.activation == "quick_gelu"
     said = open_clip_config(shape, quick_gelu=quick)
     path = folder(tmp_path / "hub", made(shape), "open_clip", {"open_clip_config.json": said})
-    receipt = converted(path, tmp_path / "out")
-    assert receipt["reference"].startswith("open_clip 3.")
-    assert receipt["outputs"].keys() == {"image", "text", "logits"}
-    for difference, largest in receipt["outputs"].values():
+    receipt = convert(path, tmp_path / "out")
+    assert receipt.reference.startswith("open_clip 3."), receipt.reference
+    assert receipt.outputs.keys() == {"image", "text", "logits"}
+    for difference, largest in receipt.outputs.values():
         assert difference < 1e-4 < 0.1 < largest
-    assert receipt["difference"] == max(own[0] for own in receipt["outputs"].values())
+    assert receipt.difference == max(own[0] for own in receipt.outputs.values())
 
 
 @pytest.mark.parity
-def test_clip_of_the_hub_is_compared_with_transformers(tmp_path: Path) -> None:
+def test_clip_of_the_hub_is_compared_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And a wrong activation shows."""
     pytest.importorskip("transformers")
     path = folder(tmp_path / "hub", made(), "transformers", {"config.json": transformers_config(TINY)})
@@ -323,8 +329,8 @@ def test_clip_of_the_hub_is_compared_with_transformers(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text(
         (tmp_path / "out" / "config.json").read_text().replace('"quick_gelu"', '"gelu"')
     )
-    asked = [sys.executable, "-m", "multiway.reference", "transformers", str(path), str(tmp_path / "out"), "any"]
-    said = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+    reference.main("transformers", str(path), str(tmp_path / "out"), "any")
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["outputs"]["image"][0] > 1e-3 and said["outputs"]["text"][0] > 1e-3
 
 
@@ -342,3 +348,28 @@ def test_siglip_of_the_hub_is_compared_with_transformers(tmp_path: Path) -> None
     assert receipt.model == "siglip_tiny_patch8_64" and receipt.reference.startswith("transformers")
     for difference, largest in receipt.outputs.values():
         assert difference < 1e-3 < 0.1 < largest
+
+
+@pytest.mark.parity
+def test_flava_of_the_hub_is_compared_with_transformers(tmp_path: Path) -> None:
+    """Both vectors, and what the joint encoder makes of pictures and texts of different lengths."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    settings = transformers.FlavaConfig(
+        image_config={**size, "num_hidden_layers": 3, "image_size": 64, "patch_size": 16, "vocab_size": 512},
+        text_config={**size, "num_hidden_layers": 3, "vocab_size": 512, "max_position_embeddings": 64},
+        multimodal_config={**size, "num_hidden_layers": 2}, hidden_size=128, projection_dim=128,
+    )  # fmt: skip
+    model = randomize(transformers.FlavaModel(settings))
+    model.save_pretrained(tmp_path / "hub")
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "##s"]
+    (tmp_path / "hub" / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    receipt = convert(tmp_path / "hub", tmp_path / "out")
+    assert receipt.model == "flava_tiny_patch16_64" and receipt.license == "bsd-3-clause"
+    assert receipt.tokenizer["name"] == "vocab.txt"
+    assert receipt.reference.startswith("transformers"), receipt.reference
+    assert receipt.outputs.keys() == {"image", "text", "logits", "joint"}
+    for difference, largest in receipt.outputs.values():
+        assert difference < 1e-3 < 0.1 < largest
+    words = load(tmp_path / "out").tokenizer
+    assert words is not None and words.ids("cats").tolist() == [5, 6]

@@ -49,6 +49,8 @@ LICENSES: Mapping[str, str] = {
     "vq_kd": "mit",
     "clip": "mit",
     "siglip": "apache-2.0",
+    "flava": "bsd-3-clause",
+    "vlmo": "mit",
 }
 """What the repositories that published the weights allow, by system, or by system/layout where that differs; of others
 the card says "other".

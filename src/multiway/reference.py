@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -103,7 +104,7 @@ def _inputs(shape: Any, config: Mapping[str, Any]) -> Inputs:
 
 
 def _ours(model: Any, inputs: Inputs) -> Outputs:
-    """Scores of classes, else what two towers make of pictures and texts, else all tokens of pictures."""
+    """Scores of classes, else vectors of pictures and texts and what a joint encoder makes of both, else all tokens."""
     if getattr(model.config, "classes", 0):
         return {"classes": model.classify(inputs.pixels)}
     if not inputs.texts:
@@ -111,7 +112,10 @@ def _ours(model: Any, inputs: Inputs) -> Outputs:
     image = model.embed(model.encode(image=inputs.pixels), "image")
     text = model.embed(model.encode(text=inputs.texts), "text")
     logits = model.temperature() * image @ text.T + getattr(model, "logit_bias", 0)
-    return {"image": image, "text": text, "logits": logits}
+    found = {"image": image, "text": text, "logits": logits}
+    if frozenset({"image", "text"}) in model.accepts:
+        found["joint"] = model.encode(image=inputs.pixels, text=inputs.texts).prefix("image")
+    return found
 
 
 def _timm(folder: Path, name: str, config: Any, inputs: Inputs) -> Outputs | str:
@@ -158,6 +162,8 @@ def _transformers(folder: Path, name: str, config: Any, inputs: Inputs) -> Outpu
         folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
     ).eval()
     pixels = inputs.pixels
+    if model.base_model_prefix == "flava":
+        return _flava(getattr(model, "flava", model), config, inputs)
     if inputs.texts:
         ids = inputs.padded(config.text_tokens, getattr(config, "fill", 0))
         found = model(pixel_values=pixels, input_ids=ids)
@@ -172,6 +178,17 @@ def _transformers(folder: Path, name: str, config: Any, inputs: Inputs) -> Outpu
     tokens = base(pixel_values=pixels, **named).last_hidden_state
     norm = getattr(model, "layernorm", None) if base is not model else None  # of models that predict visual tokens
     return {"tokens": tokens if norm is None else norm(tokens)}
+
+
+def _flava(model: Any, config: Any, inputs: Inputs) -> Outputs:
+    """Vectors of the contrast, scores, and the joint encoder's class token."""
+    seen = torch.tensor([[i < len(ids) for i in range(config.text_tokens)] for ids in inputs.texts])
+    ids = inputs.padded(config.text_tokens, 0)
+    found = model(pixel_values=inputs.pixels, input_ids=ids, attention_mask=seen.long())
+    image = F.normalize(model.image_projection(found.image_embeddings[:, 0]), dim=-1)
+    text = F.normalize(model.text_projection(found.text_embeddings[:, 0]), dim=-1)
+    logits = model.logit_scale.exp() * image @ text.T
+    return {"image": image, "text": text, "logits": logits, "joint": found.multimodal_embeddings[:, 0]}
 
 
 if __name__ == "__main__":

@@ -121,6 +121,7 @@ def test_the_table_of_the_normaliser_is_used(tmp_path: Path) -> None:
         (b"\x0a\x7f", "damaged at byte"),
         (b"\x0b", "damaged at byte"),
         (b"\x0a\x02\x0a\x00", "piece 0 has no text"),
+        (piece("a", math.nan, NORMAL), "piece 0 has the score nan"),
         (b"".join(piece(*own) for own in PIECES[1:]), "begin with"),
         (b"".join(piece(*own) for own in [*PIECES, ("<0x41>", 0.0, BYTE)]), "none that are bytes"),
         (b"".join(piece(*own) for own in [*PIECES, ("a", 0.0, NORMAL)]), "is there twice"),

@@ -6,6 +6,7 @@ normalised. It is read as data, by the few rules of that format, and nothing els
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,10 @@ def _parsed(data: bytes) -> tuple[list[Piece], bytes, bool]:
             text, score = own.get(1, b""), own.get(2, b"\0\0\0\0")
             if not isinstance(text, bytes) or not isinstance(score, bytes) or not text:
                 raise ValueError(f"piece {len(pieces)} has no text")
-            pieces.append(Piece(text.decode(), struct.unpack("<f", score)[0], int(own.get(3, NORMAL))))
+            [value] = struct.unpack("<f", score)
+            if not math.isfinite(value):
+                raise ValueError(f"piece {len(pieces)} has the score {value}")
+            pieces.append(Piece(text.decode(), value, int(own.get(3, NORMAL))))
         elif number == 2 and isinstance(value, bytes):
             kind = dict(_fields(value)).get(3, UNIGRAM)
             if kind != UNIGRAM:
