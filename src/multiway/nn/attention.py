@@ -19,7 +19,7 @@ from multiway.plan import Group, Plan
 # float bias (by a third without gradients). Beyond this length their scores get large.
 CPU_GEMM_LENGTH = 2048
 
-ONEDNN_LENGTH = 192
+ONEDNN_LENGTH = 240
 """From this length on, a product of one head in fp32 is worth a call of oneDNN, where that is the faster one."""
 
 

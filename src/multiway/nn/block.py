@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from multiway.plan import Plan
+from multiway.plan import Group, Plan
 
 
 def drop_path(branch: Tensor, draw: Tensor | None, rate: float, sample: Tensor) -> Tensor:
@@ -44,10 +45,65 @@ class Block(nn.Module):
         (R, D).
         """
         first, second = (None, None) if draws is None else draws
-        branch = scaled(self.attention(x, plan, bias), self.gamma_1)
-        x = x + drop_path(branch, first, self.drop_rate, plan.sample)
-        branch = scaled(self.ffn(x, plan), self.gamma_2)
-        return x + drop_path(branch, second, self.drop_rate, plan.sample)
+
+        def attention(kept: Tensor, plan: Plan) -> Tensor:
+            return scaled(self.attention(kept, plan, bias), self.gamma_1)
+
+        def ffn(kept: Tensor, plan: Plan) -> Tensor:
+            return scaled(self.ffn(kept, plan), self.gamma_2)
+
+        x = packed_residual(x, plan, attention, first, self.drop_rate)
+        return packed_residual(x, plan, ffn, second, self.drop_rate)
+
+
+def packed_residual(
+    x: Tensor, plan: Plan, branch: Callable[[Tensor, Plan], Tensor], draw: Tensor | None, rate: float
+) -> Tensor:
+    """`residual` of packed rows: ``x + branch(x, plan)``, x (R, D); draw: float (S,).
+
+    The plain twin is `drop_path`, which is also taken where a kind of sample would be left without any: an expert
+    that nothing reaches would get no gradient instead of none.
+    """
+    if draw is None or rate == 0:
+        return x + branch(x, plan)
+    taken = draw >= rate
+    part = of_samples(plan, taken) if skips(x.device) else None
+    if part is None:
+        return x + drop_path(branch(x, plan), draw, rate, plan.sample)
+    rows, own = part
+    return x.index_add(0, rows, branch(x.index_select(0, rows), own).to(x.dtype), alpha=1 / (1 - rate))
+
+
+def of_samples(plan: Plan, taken: Tensor) -> tuple[Tensor, Plan] | None:
+    """The rows of some samples, bool (S,), and the plan of these alone; None if a kind of sample is left with none."""
+    number, stays = taken.cumsum(0) - 1, taken.index_select(0, plan.sample)
+    samples = taken.split([group.samples for group in plan.groups])
+    if not all(bool(some.any()) for some in samples):
+        return None
+    rows, row = stays.nonzero()[:, 0], stays.cumsum(0) - 1
+    groups = [
+        _of_group(group, *own)
+        for group, *own in zip(plan.groups, samples, stays.split([group.rows for group in plan.groups]), strict=True)
+    ]
+    count = {group.kind: group.samples for group in groups}
+    segments = [
+        segment._replace(samples=count[segment.kind], rows=int(some.sum()))
+        for segment, some in zip(plan.segments, stays.split([segment.rows for segment in plan.segments]), strict=True)
+    ]
+    starts = {name: row[first[stays[first]]] for name, first in plan.starts.items()}
+    return rows, Plan(tuple(segments), tuple(groups), plan.position[rows], number[plan.sample[rows]], starts)
+
+
+def _of_group(group: Group, taken: Tensor, stays: Tensor) -> Group:
+    """A group of the samples taken, bool (B,), whose rows stay, bool (rows,)."""
+    keep = None if group.keep is None else group.keep[taken]
+    count, rows = int(taken.sum()), int(stays.sum())
+    if group.index is None or group.inverse is None:
+        return dataclasses.replace(group, samples=count, rows=rows, keep=keep)
+    index = (stays.cumsum(0) - 1)[group.index.view(-1, group.length)[taken]].clamp_(min=0).flatten()  # 0 at padding
+    place, number = group.inverse[stays], taken.cumsum(0) - 1
+    inverse = number[place // group.length] * group.length + place % group.length
+    return Group(group.kind, rows, count, group.length, index, inverse, keep)
 
 
 def factors(scale: tuple[int, float] | None) -> nn.Parameter | None:

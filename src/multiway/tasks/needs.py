@@ -9,6 +9,13 @@ from multiway.errors import ConfigError
 
 Modalities = frozenset[str]
 
+FITTING = {
+    frozenset({"image"}): "vit, swin, beit, beit3, clip",
+    frozenset({"text"}): "beit3, clip, flava, siglip, vlmo",
+    frozenset({"image", "text"}): "beit3, flava, vlmo",
+}
+"""Systems that encode a set of modalities: all, of pictures alone some."""
+
 
 def check(model: Any, needs: Set[Modalities], task: str = "this task") -> None:
     """Raise ConfigError, saying what would fit, unless the model encodes every set of modalities a task needs.
@@ -17,9 +24,10 @@ def check(model: Any, needs: Set[Modalities], task: str = "this task") -> None:
     """
     missing = needs - model.accepts
     if missing:
+        fitting = "; ".join(f"{_said([own])}: {FITTING[own]}" for own in sorted(missing, key=sorted) if own in FITTING)
         raise ConfigError(
             f"{task} needs a model that encodes {_said(needs)}; {type(model).__name__} encodes {_said(model.accepts)}, "
-            f"so {_said(missing)} is missing: choose a model whose `accepts` has it, or another task"
+            f"so {_said(missing)} is missing. Choose another task, or a model that does ({fitting or 'none here'})"
         )
 
 
