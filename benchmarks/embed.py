@@ -21,7 +21,8 @@ from timing import autocast, options, parsed, ratio, report, take_turns
 from torch import Tensor, nn
 
 from multiway.data.text import TextTokenizer
-from multiway.pretrained import Preprocessor, Pretrained, encode
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained, encode
 from multiway.systems.beit3 import BEiT3, Config
 
 SIZES = {"tiny": (32, 2, 2), "small": (384, 12, 6), "base": (512, 12, 8)}

@@ -21,7 +21,8 @@ from multiway.diagnose.page import number
 from multiway.errors import ConfigError, DataError, MissingInputError
 from multiway.nn.window import make_layout
 from multiway.plan import make_plan
-from multiway.pretrained import Preprocessor, Pretrained, create_model
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained, create_model
 from multiway.recipes.pictures import Hiding
 from multiway.systems.simmim import relative_to_window
 from tests import tiny

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from multiway.data.text import TextTokenizer
-from multiway.pretrained import Preprocessor, Pretrained, create_model
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained, create_model
 
 COLOURS = ("red", "green", "blue", "white", "black")
 CAPTIONS = [f"a {colour} square above a {other} circle" for colour in COLOURS for other in COLOURS]

@@ -23,7 +23,8 @@ from multiway.data.text import TextTokenizer
 from multiway.errors import ConfigError, ConversionError, DataError, WriteError
 from multiway.models import blank, presets
 from multiway.nn.pixels import Size
-from multiway.pretrained import Preprocessor, save_pretrained
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import save_pretrained
 from multiway.published import Match, adopt, aligned, located_weights, matches, read
 from multiway.told import CONFIG, named, read_told, tokenizer_in
 from multiway.weights.io import write, write_weights

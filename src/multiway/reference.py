@@ -93,7 +93,7 @@ def _inputs(shape: Any, config: Mapping[str, Any]) -> Inputs:
         return Inputs(pixels, [])
     text = config.get("text_config")
     said = text.get("eos_token_id") if isinstance(text, dict) else None
-    end = said if isinstance(said, int) and said != OLD_EOS else shape.vocab - 1
+    end = said if isinstance(said, int) and OLD_EOS < said < shape.vocab else shape.vocab - 1
     texts = []
     for i in range(PICTURES):
         ids = torch.randint(FIRST_WORD, shape.vocab - 1, (max(2, longest // (i + 1)),), generator=generator)

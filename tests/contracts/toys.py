@@ -350,8 +350,8 @@ ASKED = (
     ),
     # Its head begins so small that rounding does not show.
     asking(
-        "beit3", lambda: beit3_answers(2), 2, untrained=frozenset({"model.vision.mask_token"}), guess={"answer": log(5)},
-        bf16=False,
+        "beit3", lambda: beit3_answers(2), 2, untrained=frozenset({"model.vision.mask_token"}), bf16=False,
+        guess={"answer": log(ANSWERS)},
     ),
     asking("beit3", lambda: beit3_answers(0), 0, untrained=unread(beit3_answers(0), "vision.")),
     *map(flava_answers, (0, 1, 2)),

@@ -17,7 +17,7 @@ CONTRACTS = {"errors", "types", "plan", "run", "config"}
 PARTS = {"nn", "data", "metrics", "weights"}
 BUILT = {"backbones", "objectives"}
 SYSTEMS = {"systems", "tasks", "engine"}
-NAMED = {"models", "told", "published", "pretrained", "evaluation", "answers"}
+NAMED = {"models", "told", "published", "preprocessor", "pretrained", "evaluation", "answers"}
 USES = NAMED | {"recipes", "search", "convert", "reference", "estimate", "roofline", "rehearsal"}
 OUTSIDE = {"cli", "commands", "serve", "quickstart", "diagnose", "report"}
 

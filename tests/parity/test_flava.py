@@ -15,7 +15,7 @@ from multiway.systems.flava import FLAVA, LAYOUTS, Config, MaskedContrastiveMatc
 from multiway.types import Batch
 from multiway.weights.rename import to_ours, to_theirs
 from tests.contracts.toys import randomize
-from tests.parity.originals import check_gradients, saved, saved_gradients
+from tests.parity.originals import saved, saved_gradients
 
 pytestmark = pytest.mark.parity
 CONFIG = Config(

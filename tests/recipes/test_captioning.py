@@ -14,7 +14,8 @@ from multiway.cli import main
 from multiway.data import prepare
 from multiway.engine.train import train
 from multiway.errors import ConfigError, WriteError
-from multiway.pretrained import Preprocessor, Pretrained
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained
 from multiway.recipes import beit3
 from multiway.recipes.captioning import Caption
 from multiway.run import Run

@@ -313,7 +313,7 @@ def test_patches_that_are_not_kept_are_not_read() -> None:
 
 def heads(dim: int, pictures: int, answers: int) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of what a fine-tuned file has beyond the encoder (masked.md 6.6)."""
-    both = {name: (2 * dim,) for name in ("weight", "bias")}
+    both = dict.fromkeys(("weight", "bias"), (2 * dim,))
     if pictures == 2:
         return {
             **{f"head.norm1.{name}": (4 * dim,) for name in ("weight", "bias")},
@@ -397,7 +397,8 @@ def test_heads_of_two_pictures_start_at_a_thousandth() -> None:
     model = BEiT3(dataclasses.replace(DECOUPLED, masked=False, answers=2, pictures=2, dim=64, hidden=64))
     model.init_weights()
     assert model.answer_head.out.weight.abs().max() <= 0.02 * 1e-3
-    assert model.answer_head.dense.weight.detach().std() == pytest.approx(0.02 * 1e-3 * 0.54, rel=0.05)  # cut at one deviation
+    expected = 0.02 * 1e-3 * 0.54  # cut at one deviation
+    assert model.answer_head.dense.weight.detach().std() == pytest.approx(expected, rel=0.05)
 
 
 def test_who_answers_nothing_says_so() -> None:

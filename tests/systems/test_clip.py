@@ -16,7 +16,8 @@ from multiway.data.collate import DualCollate
 from multiway.data.text import TextTokenizer
 from multiway.errors import ConfigError, ConversionError
 from multiway.plan import make_plan
-from multiway.pretrained import Preprocessor, Pretrained, load
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained, load
 from multiway.systems.clip import CLIP, LAYOUTS, PRESETS, Config
 from multiway.tasks.needs import check
 from multiway.tasks.retrieval import ImageTextContrast

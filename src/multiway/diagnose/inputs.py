@@ -21,7 +21,8 @@ from multiway.data.shards import IMAGE_PARTS
 from multiway.data.sources import discover
 from multiway.errors import ConfigError, DataError, MissingInputError, RecordError
 from multiway.nn.pixels import sides
-from multiway.pretrained import Preprocessor, Pretrained, create_model, list_models, load
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained, create_model, list_models, load
 
 BATCH = 32
 RANDOM = ", random weights"

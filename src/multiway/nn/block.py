@@ -85,12 +85,13 @@ def of_samples(plan: Plan, taken: Tensor) -> tuple[Tensor, Plan] | None:
         _of_group(group, *own)
         for group, *own in zip(plan.groups, samples, stays.split([group.rows for group in plan.groups]), strict=True)
     ]
-    count = {group.kind: group.samples for group in groups}
+    first = stays & (plan.position == 0)  # where sequences begin
+    sizes = [segment.rows for segment in plan.segments]
     segments = [
-        segment._replace(samples=count[segment.kind], rows=int(some.sum()))
-        for segment, some in zip(plan.segments, stays.split([segment.rows for segment in plan.segments]), strict=True)
+        segment._replace(samples=int(begun.sum()), rows=int(some.sum()))
+        for segment, some, begun in zip(plan.segments, stays.split(sizes), first.split(sizes), strict=True)
     ]
-    starts = {name: row[first[stays[first]]] for name, first in plan.starts.items()}
+    starts = {name: row[begin[stays[begin]]] for name, begin in plan.starts.items()}
     return rows, Plan(tuple(segments), tuple(groups), plan.position[rows], number[plan.sample[rows]], starts)
 
 

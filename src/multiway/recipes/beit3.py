@@ -40,7 +40,8 @@ from multiway.engine.train import Job
 from multiway.errors import ConfigError
 from multiway.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
 from multiway.nn.quantize import PatchCodebook
-from multiway.pretrained import Preprocessor, Pretrained
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained
 from multiway.recipes import captioning, pictures, questions
 from multiway.recipes.captioning import Caption
 from multiway.recipes.pictures import make_codebook

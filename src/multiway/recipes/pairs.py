@@ -24,7 +24,8 @@ from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
 from multiway.errors import ConfigError
 from multiway.objectives.contrastive import Negatives
-from multiway.pretrained import Preprocessor, Pretrained
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained
 from multiway.recipes.pictures import TokenizerOf, give_tokens
 from multiway.run import Run
 from multiway.types import Batch, Objective

@@ -45,7 +45,7 @@ from multiway.engine.train import Job
 from multiway.errors import ConfigError, DataError
 from multiway.nn.frozen import Frozen
 from multiway.nn.quantize import ImageTokenizer, PatchCodebook
-from multiway.pretrained import Preprocessor
+from multiway.preprocessor import Preprocessor
 from multiway.published import located_weights
 from multiway.run import Checkpoint, Data, Optim, Parallel, Run, Schedule
 from multiway.tasks import image_classification

@@ -29,7 +29,8 @@ from multiway.data.questions import ExampleCorpus, open_examples, scene_examples
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
 from multiway.errors import ConfigError
-from multiway.pretrained import Preprocessor, Pretrained
+from multiway.preprocessor import Preprocessor
+from multiway.pretrained import Pretrained
 from multiway.recipes import pictures
 from multiway.run import Checkpoint, Data, Optim, Parallel, Run, Schedule
 from multiway.tasks.answering import KEYS, Answering, Loss

@@ -246,7 +246,7 @@ _OPENAI = WeightMap(
     words={"n": {"0": "1", "1": "2", "2": "3", "3": "4"}},
     squeezed=_SQUEEZED,
     transposed=("encoder.vision.projection.weight", "encoder.language.projection.weight"),
-    dropped=("attn_mask",),
+    dropped=("attn_mask", "{block*}.attn_mask"),
 )
 
 LAYOUTS: Mapping[str, WeightMap] = {
