@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import hashlib
 import json
 import multiprocessing
@@ -56,12 +55,9 @@ ARMS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 }
 """Ways to pre-train: objective, heads, what a step is made of."""
 NEITHER = "neither"
-PROBE = 8
-"""Steps measured of every kind; the first quarter is not counted."""
-HELD_OUT = 5
-"""One emoji of so many is held out."""
-SMOKE = 4
-"""Steps of tuning, and CPU seconds of pre-training, of a trial."""
+PROBE = 8  # steps measured of every kind; the first quarter is not counted
+HELD_OUT = 5  # one emoji of so many
+SMOKE = 4  # steps of tuning, and CPU seconds of pre-training, of a trial
 
 
 class Task(NamedTuple):
@@ -294,8 +290,7 @@ def by_language(model: pretrained.Pretrained, index: Path) -> dict[str, Any]:
     languages = list(rows(index.parents[2] / "raw" / "emoji-noto" / "train.jsonl")[0]["names"])
     numbers = np.arange(len(source))
     image = model.encode_image(source.image(i, model.source_px) for i in range(len(source))).numpy()
-    names = zip(*map(source.strings, range(len(source))), strict=True)
-    told = [model.encode_text(own).numpy() for own in names]
+    told = [model.encode_text(own).numpy() for own in zip(*map(source.strings, range(len(source))), strict=True)]
     found = {name: recall(own, image, numbers, numbers) for name, own in zip(languages, told, strict=True)}
     mean = {k: statistics.mean(own[k] for own in found.values()) for k in ("r1", "r5", "r10")}
     floor = {"text_to_image": chance(numbers, numbers)}
@@ -380,7 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/study_transfer"))
-    parser.add_argument("--budget", type=float, default=300.0, help="CPU seconds of pre-training of an arm")
+    parser.add_argument("--budget", type=float, default=360.0, help="CPU seconds of pre-training of an arm")
     parser.add_argument("--seeds", type=int, default=1, help="of pre-training and of tuning")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run?")
@@ -396,8 +391,7 @@ def main() -> None:
     spent = {"budget": given.budget, "step_seconds": costs, "wall_seconds": round(time.time() - began)}
     result = {"benchmark": "study_transfer", **spent, "arms": found}
     if given.record:
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        path = Path(__file__).parent / "results" / f"study-transfer-{date}.json"
+        path = Path(__file__).parent / "results" / time.strftime("study-transfer-%Y-%m-%d.json", time.gmtime())
         path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 

@@ -113,10 +113,10 @@ class MaskedCollate:
                     ids = self.words.framed(_text(sample), kind)
                     shown, places = self.hide_words(ids, kind, sample.rng) if hides_some else (ids, ids[:0])
                     lengths[kind].setdefault("text", []).append(len(ids))
+                    places = places if sample.match else places[:0]
                     texts.append(shown)
-                    if sample.match:
-                        hidden.append(places + before)
-                        targets.append(ids[places])
+                    hidden.append(places + before)
+                    targets.append(ids[places])
                     before += len(ids)
         flat = {kind: [sample for sample, _ in entries] for kind, entries in layout.items()}
         batch: Batch = {"plan": make_plan(lengths), **basics(flat, self.branches)}
@@ -125,10 +125,9 @@ class MaskedCollate:
             batch["image_hide"] = torch.from_numpy(hide)
             batch["image_hidden"] = torch.from_numpy(np.flatnonzero(hide & np.array(predicted)[:, None]))
         if texts:
-            nothing = np.zeros(0, dtype=np.int64)
             batch["text"] = torch.from_numpy(np.concatenate(texts))
-            batch["text_hidden"] = torch.from_numpy(np.concatenate([nothing, *hidden]))
-            batch["text_target"] = torch.from_numpy(np.concatenate([nothing, *targets]))
+            batch["text_hidden"] = torch.from_numpy(np.concatenate(hidden))
+            batch["text_target"] = torch.from_numpy(np.concatenate(targets))
         if self.match:
             batch["match"] = torch.tensor([s.match for s, _ in layout.get("pair", ())], dtype=torch.bool)
         if self.contrast:
