@@ -16,7 +16,7 @@ from multiway.data import prepare
 from multiway.engine.train import train
 from multiway.errors import ConfigError
 from multiway.nn.multiway import Multiway
-from multiway.recipes import recipe, vlmo
+from multiway.recipes import questions, recipe, vlmo
 from multiway.systems import beit
 from multiway.systems.vlmo import LAYOUTS, VLMo, reads_text
 from tests.contracts.toys import SHAPE, VLMO, randomize
@@ -92,6 +92,23 @@ def test_pictures_are_read_as_the_beit_read_them(bias: Any) -> None:
         model.encoder.norm = Multiway(torch.nn.Identity, ["shared"])  # a BEiT for tuning has none of every token
         torch.testing.assert_close(model.encode(image=image).values, want, rtol=0, atol=1e-5)
     assert not model.bias.table[52:].any()  # type: ignore[union-attr]
+
+
+def test_a_model_of_pairs_becomes_one_of_questions_about_two_larger_pictures(tmp_path: Path) -> None:
+    before: VLMo = randomize(VLMo(VLMO))  # type: ignore[assignment]
+    pretrained.save_pretrained(before, tmp_path / "vlmo")
+    shape = dataclasses.replace(
+        VLMO, image_px=48, text_tokens=9, pictures=2, answers=3, masked=False, match=False, contrast="none"
+    )
+    model = VLMo(shape)
+    model.init_weights()
+    head = model.answer_head.out.weight.clone()  # type: ignore[union-attr]
+    questions.start_from(model, str(tmp_path / "vlmo"))
+    assert torch.equal(model.types, before.types[[0, 1, 1]])
+    assert torch.equal(model.language.positions, before.language.positions[:9])
+    assert torch.equal(model.answer_head.out.weight, head)  # type: ignore[union-attr]
+    before.set_image_size(48)
+    assert torch.equal(model.bias.table, before.bias.table)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("change", [{"depth": 4}, {"depth": 2}, {"dim": 64}, {"hidden": 32}, {"layer_scale": 0.0}])

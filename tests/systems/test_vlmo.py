@@ -14,6 +14,7 @@ from torch import Tensor
 from multiway.data.collate import MaskedCollate, MatchCollate
 from multiway.engine.optim import build_optimizers
 from multiway.errors import ConfigError
+from multiway.nn import block
 from multiway.nn.position import resize_bias_table
 from multiway.plan import Plan, make_plan
 from multiway.rehearsal import Recorder
@@ -217,6 +218,23 @@ def test_vectors_are_those_of_pictures_and_texts_alone(model: VLMo) -> None:
         model.embed_pairs(batch["plan"], image=batch["image"], text=batch["text"], keep=torch.zeros(5, 2))
     with pytest.raises(ConfigError, match="compares nothing"):
         VLMo(dataclasses.replace(VLMO, contrast="none")).embed(model.encode(text=TEXTS), "text")
+
+
+def test_dropped_branches_are_those_of_the_draws_whichever_experts_read(
+    model: VLMo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for layer in model.encoder.blocks:
+        layer.drop_rate = 0.5
+    batch, draws = apart(), torch.rand(2 * VLMO.depth, 10, generator=torch.Generator().manual_seed(0))
+    inputs = {"image": batch["image"], "text": batch["text"], "draws": draws}
+    with torch.no_grad():
+        skipping = model.embed_twice(batch["plan"], **inputs)
+        monkeypatch.setattr(block, "skips", lambda device: False)
+        computing = model.embed_twice(batch["plan"], **inputs)
+        without = model.embed_twice(batch["plan"], **{**inputs, "draws": None})
+    for some, every, plain in zip(skipping, computing, without, strict=True):
+        torch.testing.assert_close(some, every, rtol=0, atol=1e-5)
+        assert not torch.allclose(some, plain, atol=1e-2)
 
 
 def test_a_pair_is_judged_by_its_pooled_first_word(model: VLMo) -> None:

@@ -63,7 +63,10 @@ def quick() -> Run:
     minutes.
 
     Command: ``multiway train vlmo.quick --out runs/vlmo``, or with ``--data.root DIR``, any folder of pictures with
-    captions. Sizes and rates are ours. Not yet run by us to its end.
+    captions. Sizes and rates are ours. Result of ``--schedule.steps 150`` at the commit that added this recipe, one
+    thread of a busy machine, four minutes: recall@1 among 1,000 scenes by other writers 18 % both ways, chance 0.1 %;
+    hidden words 30 % right; matching, against ever harder pairs, still at the share of wrong ones. Not yet run by us to
+    its end.
     """
     return Run(
         recipe="vlmo.quick",
