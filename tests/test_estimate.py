@@ -17,7 +17,7 @@ import torch
 from multiway import cli, config, roofline
 from multiway.errors import ConfigError
 from multiway.estimate import Layout, estimate, parameters
-from multiway.recipes import beit3
+from multiway.recipes import beit3, flava
 from multiway.rehearsal import Operation, Stage, Trace
 from multiway.run import Run
 from multiway.systems.beit3 import BEiT3
@@ -293,3 +293,28 @@ def test_what_cannot_be_planned_is_refused_by_name(settings, asked, said):
 def test_the_largest_recipe_is_planned_without_memory():
     report = estimate(beit3.giant(), beit3.assemble, hardware="h100", devices=64)
     assert report["memory"]["weights"] == pytest.approx(4 * report["parameters"]["total"] / 64, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------- one kind in a step
+
+
+def test_a_run_whose_steps_take_turns_is_the_mean_of_its_kinds() -> None:
+    sizes = ["--model.dim=32", "--model.heads=2", "--model.hidden=48", "--model.depth=1", "--model.text_depth=1"]
+    sizes += ["--model.joint_depth=1", "--data.pairs=4", "--data.images=8", "--data.texts=2"]
+    run = config.override(flava.quick(), [*sizes, '--objective.shares={"image": 1, "pair": 2, "text": 1}'])
+    found = estimate(run, flava.assemble, hardware="a100")
+    shares = {"image": 0.25, "pair": 0.5, "text": 0.25}
+    names = {"image": "images", "pair": "pairs", "text": "texts"}
+    alone = {}
+    for kind in names:
+        none = [f"--data.{name}=0" for other, name in names.items() if other != kind]
+        alone[kind] = estimate(config.override(run, none), flava.assemble, hardware="a100")
+    assert found["shares"] == shares and found["items"]["step"] == {"image": 8, "pair": 4, "text": 2}
+    for part, name in (("time", "step"), ("time", "device"), ("flops", "step")):
+        want = sum(share * alone[kind][part][name] for kind, share in shares.items())
+        assert found[part][name] == pytest.approx(want) and found[part][name] < alone["pair"][part][name]
+    assert found["time"]["items_per_second"] == pytest.approx(4.5 / found["time"]["step"])
+    assert found["memory"] == max((x["memory"] for x in alone.values()), key=lambda memory: memory["total"])
+    assert found["flops"]["forward"].keys() == shares.keys() and found["time"]["steps"] == 1000
+    together = estimate(config.override(run, ["--objective.shares={}"]), flava.assemble, hardware="a100")
+    assert "shares" not in together and together["memory"]["total"] > found["memory"]["total"]

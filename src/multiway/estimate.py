@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -95,7 +95,14 @@ def estimate(
     (forward of one item by kind; of a step), ``memory`` in bytes, ``layouts`` (the same for other choices, and the
     largest micro-batch of each), ``time`` in seconds. Raises ConfigError for unknown hardware, no device, and
     micro-batches of what cannot be split.
+
+    Where every step holds one kind of samples (``objective.shares``), memory, layouts and micro-batch are those of the
+    kind that needs most, what a step takes is the mean over the kinds, and ``shares`` are their shares of the steps.
     """
+    shares = {kind: x for kind, x in getattr(run.objective, "shares", {}).items() if getattr(run.data, KINDS[kind])}
+    if len(shares) > 1:
+        options: dict[str, Any] = {"hardware": hardware, "devices": devices, "memory": memory, "tokens": tokens}
+        return mean({kind: estimate(only(run, kind), assemble, **options) for kind in shares}, shares)
     if hardware != HERE and hardware not in NAMED:
         raise ConfigError(f"unknown hardware {hardware!r}: known are {HERE} (this machine), {', '.join(NAMED)}")
     if devices < 1:
@@ -134,6 +141,40 @@ def estimate(
             "steps": run.schedule.steps,
             "days": run.schedule.steps * spent["step"] / 86400,
             "utilisation": useful / spent["step"] / devices / device.peak[run.parallel.precision],
+        },
+    }
+
+
+def only(run: Run, kind: str) -> Run:
+    """The run with one kind of samples in all its steps."""
+    others = {name: 0 for other, name in KINDS.items() if other != kind}
+    return replace(run, data=replace(run.data, **others))
+
+
+def mean(reports: Mapping[str, dict[str, Any]], shares: Mapping[str, float]) -> dict[str, Any]:
+    """What `estimate` returns of a run whose steps hold one kind each, from what it returns of each kind alone."""
+    total = sum(shares.values())
+    shares = {kind: share / total for kind, share in shares.items()}
+    largest = max(reports.values(), key=lambda report: report["memory"]["total"])
+
+    def step(of: Callable[[dict[str, Any]], float]) -> float:
+        return sum(share * of(reports[kind]) for kind, share in shares.items())
+
+    time = {name: step(lambda report, name=name: report["time"][name]) for name in largest["time"]}
+    count = step(lambda report: sum(report["items"]["step"].values()))
+    used = step(lambda report: report["time"]["utilisation"] * report["time"]["step"])
+    every = {kind: report["items"]["step"][kind] for kind, report in reports.items()}
+    forward = {kind: report["flops"]["forward"][kind] for kind, report in reports.items()}
+    return {
+        **largest,
+        "shares": shares,
+        "items": {**largest["items"], "step": every},
+        "flops": {"forward": forward, "step": step(lambda report: report["flops"]["step"])},
+        "time": {
+            **time,
+            "items_per_second": count / time["step"],
+            "steps": largest["time"]["steps"],
+            "utilisation": used / time["step"],
         },
     }
 
@@ -250,8 +291,9 @@ def show(report: Mapping[str, Any]) -> None:
         whole = "sharded" if row["shard"] == "full" else "whole"
         table.add_row(whole, str(row["recompute"]), _unit(row["total"], "B"), largest)
     console.print(table)
+    between = " or " if "shares" in report else " + "
     console.print(
-        f"a step: {_items(items['step'])}, {_unit(report['flops']['step'], 'FLOP')}, in {items['micros']} x "
+        f"a step: {_items(items['step'], between)}, {_unit(report['flops']['step'], 'FLOP')}, in {items['micros']} x "
         f"{_items(items['micro'])} a device\n{spent['step']:.3g} s a step (device {spent['device']:.3g}, host "
         f"{spent['host']:.3g}, exchange {spent['exchange']:.3g}): {spent['items_per_second']:,.0f} items/s, "
         f"{100 * spent['utilisation']:.0f} % of the rate of matrix products\n"
@@ -259,8 +301,8 @@ def show(report: Mapping[str, Any]) -> None:
     )
 
 
-def _items(items: Mapping[str, int]) -> str:
-    return " + ".join(f"{n:,} {KINDS[kind]}" for kind, n in items.items())
+def _items(items: Mapping[str, int], between: str = " + ") -> str:
+    return between.join(f"{n:,} {KINDS[kind]}" for kind, n in items.items())
 
 
 def _unit(value: float, unit: str) -> str:

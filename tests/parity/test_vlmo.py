@@ -79,9 +79,14 @@ def batch_of(pixels: Tensor, ids: Tensor, shown: Tensor, pad: Tensor, draws: Ten
     hidden = (shown != ids)[~pad].nonzero()[:, 0]
     together = make_plan({"pair": {"image": [17] * 16, "text": lengths * 3 + [12] * 4}})
     return {
-        "plan": plan, "match_plan": together, "image": pixels, "text": shown[~pad], "text_hidden": hidden, "text_target": ids[~pad][hidden],
+        "plan": plan,
+        "match_plan": together,
         "match_draw": draws,
-    }  # fmt: skip
+        "image": pixels,
+        "text": shown[~pad],
+        "text_hidden": hidden,
+        "text_target": ids[~pad][hidden],
+    }
 
 
 @CONFIGS
@@ -90,7 +95,7 @@ def test_vectors_losses_and_gradients(config: Config) -> None:
     pixels, ids, pad = drawn()
     generator = torch.Generator().manual_seed(2)
     shown = torch.where((torch.rand(ids.shape, generator=generator) < 0.3) & ~pad, 0, ids)
-    draws = torch.rand(len(ids), 2, generator=generator)
+    draws = torch.tensor([[0.05, 0.95], [0.95, 0.05], [0.5, 0.05], [0.3, 0.9]])  # texts and pictures of other places
     batch = batch_of(pixels, ids, shown, pad, draws)
     objective = MaskedContrastMatching(model)
     image, text = reference.alone(pixels, ids, pad)

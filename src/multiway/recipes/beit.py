@@ -1,8 +1,8 @@
 """Recipes of BEiT: masked image modelling of visual tokens, and fine-tuning to classes (masked.md 2.2, 2.3).
 
 ``multiway train beit.NAME --data.root DIR --out RUN`` trains one; fine-tuning (``_tune``) takes ``--init`` with what
-pre-training left in ``RUN/final``, or converted weights. The original's visual tokens are DALL-E's; here they are mean
-patches, or those of a VQ-KD (``--objective.tokenizer``).
+pre-training left in ``RUN/final``, or converted weights. The original's visual tokens are DALL-E's
+(``--objective.tokenizer facebook/flava-image-codebook``); else they are mean patches, or those of a VQ-KD.
 """
 
 from __future__ import annotations

@@ -502,8 +502,9 @@ class MaskedContrastMatching(Objective):
         part, place = (torch.arange(n, device=image.device) for n in (len(parts), size))
         own = (((part * across.world + across.rank) * size)[:, None] + place).flatten()
         draws, scale = torch.cat([part["match_draw"] for part in parts]), self.model.temperature()
-        texts = draw_others(scale * image @ everyone(text).T, own, draws[:, 0])
-        pictures = draw_others(scale * text @ everyone(image).T, own, draws[:, 1])
+        with torch.autocast(image.device.type, enabled=False):  # rounded, they would depend on how a step is split
+            texts = draw_others(scale * image @ everyone(text).T, own, draws[:, 0])
+            pictures = draw_others(scale * text @ everyone(image).T, own, draws[:, 1])
         longest = parts[0]["match_plan"].groups[0].length - self.model.picture_tokens
         padded = [padded_texts(part["plan"], whole_text(part), longest) for part in parts]
         ids, lengths = (everyone(torch.cat(own)) for own in zip(*padded, strict=True))
