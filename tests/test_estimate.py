@@ -318,3 +318,17 @@ def test_a_run_whose_steps_take_turns_is_the_mean_of_its_kinds() -> None:
     assert found["flops"]["forward"].keys() == shares.keys() and found["time"]["steps"] == 1000
     together = estimate(config.override(run, ["--objective.shares={}"]), flava.assemble, hardware="a100")
     assert "shares" not in together and together["memory"]["total"] > found["memory"]["total"]
+
+
+def test_joined_micro_batches_are_rehearsed_together() -> None:
+    """Contrast in two micro-batches: the same work again in the backward, activations of one of them at a time."""
+    from multiway.recipes import clip
+
+    run = config.override(clip.quick(), ["--data.pairs=32"])
+    whole, parts = (
+        estimate(config.override(run, [f"--parallel.micro={n}"]), clip.assemble, hardware="a100") for n in (1, 4)
+    )
+    assert parts["items"]["micro"] == {"pair": 8} and parts["items"]["micros"] == 4
+    assert parts["memory"]["step"] < 0.5 * whole["memory"]["step"]
+    assert parts["flops"]["forward"]["pair"] == pytest.approx(whole["flops"]["forward"]["pair"], rel=0.02)
+    assert parts["time"]["device"] > whole["time"]["device"]

@@ -110,15 +110,16 @@ def estimate(
     device = present({"fp32", run.parallel.precision}) if hardware == HERE else NAMED[hardware]
     room = memory or device.memory
     stage = Stage(run, assemble, tokens or {}, devices=devices, gpu=device.queued)
-    if run.parallel.micro > 1 and not stage.objective.splittable:
+    if run.parallel.micro > stage.joined and not stage.objective.splittable:
         raise ConfigError(
-            f"{run.recipe} compares all samples of a step, which is rehearsed whole: parallel.micro must be 1"
+            f"{run.recipe} compares all samples of a step, which it cannot take part by part: parallel.micro must be 1"
         )
     step = {kind: n for kind, name in KINDS.items() if (n := getattr(run.data, name))}
     items = {kind: math.ceil(n / devices / run.parallel.micro) for kind, n in step.items()}
     micro = stage.micro(items, run.parallel.recompute)
     update = stage.update()
-    layout = Layout(devices, run.parallel.shard if devices > 1 else "replicate", run.parallel.micro)
+    micros = run.parallel.micro // stage.joined  # those that are joined are one trace
+    layout = Layout(devices, run.parallel.shard if devices > 1 else "replicate", micros)
     own = layout.memory(stage, micro, update)
     flops = forward_flops(stage, items)
     clock = calibrated(device, stage, items, micro, update) if hardware == HERE else device.seconds

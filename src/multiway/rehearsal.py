@@ -167,7 +167,8 @@ class Stage:
     """A run's objective and optimisers, made of fake tensors, to rehearse on.
 
     ``assemble``: the recipe's; ``tokens``: as in `make_samples`; ``devices``: of how many processes this is one;
-    ``gpu``: as a GPU would run it, imitated where torch has no CUDA.
+    ``gpu``: as a GPU would run it, imitated where torch has no CUDA. ``joined``: micro-batches that the objective takes
+    at once, which are rehearsed together.
     """
 
     def __init__(
@@ -189,19 +190,23 @@ class Stage:
             self.optimizers = build_optimizers(self.objective, run.optim, run.parallel.precision)
             self.average = Average(self.objective, run.optim.ema)
         self.objective.train()
+        self.joined = run.parallel.micro if self.objective.joins and not self.objective.splittable else 1
         self.blocks: Any = self.objective.model.encoder.blocks
 
     def micro(self, items: Mapping[str, int], recomputed: int) -> Trace:
-        """Forward and backward of so many samples by kind, the first blocks ``recomputed``; gradients stay."""
+        """Forward and backward of so many samples by kind, in each of those ``joined``, the first blocks
+        ``recomputed``; gradients stay.
+        """
         self.objective.zero_grad(set_to_none=True)
         batch, counts = self.batch(items)
+        parts = [batch, *(self.batch(items)[0] for _ in range(self.joined - 1))]
         for again in self.blocks[:recomputed]:
             recompute(again)
         with self.recording() as recorder:
-            for x in batch.values():
+            for x in itertools.chain.from_iterable(part.values() for part in parts):
                 if isinstance(x, Tensor):
                     recorder.number(x)
-            self.forward(batch, counts).backward()
+            self.forward(parts if self.joined > 1 else batch, counts).backward()
         for again in self.blocks[:recomputed]:
             del again.forward
         in_blocks = {p for own in self.blocks for p in own.parameters()}
@@ -245,7 +250,7 @@ class Stage:
                 batch["image"] = torch.empty(len(batch["image"]), 3, *sides(self.run.model.image_px), dtype=torch.uint8)
             return move(batch, self.device), counts
 
-    def forward(self, batch: Batch, counts: Mapping[str, float]) -> Tensor:
+    def forward(self, batch: Batch | list[Batch], counts: Mapping[str, float]) -> Tensor:
         """The loss, in the run's precision."""
         half = self.run.parallel.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -272,6 +277,7 @@ def nothing_skipped() -> Iterator[None]:
 def as_on_gpu() -> Iterator[None]:
     """Within, CPU tensors are treated as CUDA treats its own: attention is one operation, norms are fp32."""
     attend, layer_norm, native, slow = attention.attend, F.layer_norm, torch.native_layer_norm, linear.mkl_is_slow
+    pay = attention.products_pay
 
     def norm(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments, **named)
@@ -284,12 +290,12 @@ def as_on_gpu() -> Iterator[None]:
         return native(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments)
 
     attention.attend, F.layer_norm, torch.native_layer_norm = fused, norm, native_norm
-    linear.mkl_is_slow = lambda: False
+    linear.mkl_is_slow, attention.products_pay = lambda: False, lambda *_: False
     try:
         yield
     finally:
         attention.attend, F.layer_norm, torch.native_layer_norm = attend, layer_norm, native
-        linear.mkl_is_slow = slow
+        linear.mkl_is_slow, attention.products_pay = slow, pay
 
 
 class Recorder(TorchDispatchMode):

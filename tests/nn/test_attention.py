@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multiway.nn.attention import Attention, Pad, SelfAttention, Unpad, attend, attend_by_gemm
-from multiway.plan import make_plan
+from multiway.nn import attention as fast
+from multiway.nn.attention import Attention, HeadProducts, Pad, SelfAttention, Unpad, attend, attend_by_gemm, visible
+from multiway.plan import Group, make_plan
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,6 +126,66 @@ def test_packed_attention_equals_attention_of_each_sample(causal: bool) -> None:
     torch.testing.assert_close(got, want)
     for g, w in zip(gradient, torch.autograd.grad((want * upstream).sum(), [x, *attention.parameters()])):
         torch.testing.assert_close(g, w)
+
+
+# --- products of heads ------------------------------------------------------------------------------------------------
+
+
+GROUPS = {
+    "ragged": make_plan({"pair": {"image": [4, 4, 4], "text": [1, 5, 2]}}).groups[0],
+    "not ragged": make_plan({"pair": {"image": [4, 4], "text": [3, 3]}}).groups[0],
+    "dense": make_plan({"image": {"image": [5, 5]}}).groups[0],
+    "causal": make_plan({"pair": {"image": [2, 2], "text": [4, 1]}}, causal_text=True).groups[0],
+    "of one token": make_plan({"text": {"text": [1]}}).groups[0],
+}
+
+
+def plain(qkv: Tensor, group: Group, heads: int, bias: Tensor | None) -> Tensor:
+    """The plain twin of `HeadProducts`."""
+    padded = qkv if group.index is None else Pad.apply(qkv, group.index, group.inverse)
+    q, k, v = padded.view(group.samples, group.length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = attend_by_gemm(q, k, v, bias).transpose(1, 2).flatten(2).flatten(0, 1)
+    return mixed if group.inverse is None else Unpad.apply(mixed, group.inverse)
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("onednn", [False, True], ids=["at once", "by oneDNN"])
+def test_products_of_heads_are_their_plain_twin(group: Group, biased: bool, onednn: bool, monkeypatch) -> None:
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(fast, "by_onednn", lambda x, length: onednn)
+    qkv = drawn(group.rows, 3 * 2 * 5).requires_grad_()
+    given = [qkv, *([drawn(2, group.length, group.length, seed=7).requires_grad_()] if biased else [])]
+    upstream, results = drawn(group.rows, 2 * 5, seed=1), []
+    for implementation in (HeadProducts.apply, plain):
+        out = implementation(qkv, group, 2, visible(given[1] if biased else None, group.keep))
+        results.append((out, *torch.autograd.grad((out * upstream).sum(), given)))
+    for own, other in zip(*results, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+def test_products_of_heads_in_bf16_are_their_plain_twin_to_the_bit() -> None:
+    """1 / sqrt(C) is a power of two here, so that scaling rounds nothing."""
+    group = GROUPS["ragged"]
+    qkv = drawn(group.rows, 3 * 2 * 16, dtype=torch.bfloat16).requires_grad_()
+    upstream = drawn(group.rows, 2 * 16, seed=1, dtype=torch.bfloat16)
+    results = []
+    for implementation in (HeadProducts.apply, plain):
+        out = implementation(qkv, group, 2, group.keep)
+        results.append((out, *torch.autograd.grad(out, qkv, upstream)))
+    assert all(torch.equal(own, other) for own, other in zip(*results, strict=True))
+
+
+def test_products_of_heads_are_taken_where_they_pay(monkeypatch) -> None:
+    x, bias = torch.empty(0), torch.zeros(1)
+    monkeypatch.setattr(fast, "mkl_is_slow", lambda: True)
+    assert fast.products_pay(x, fast.ONEDNN_LENGTH, None) and not fast.products_pay(x, fast.ONEDNN_LENGTH - 1, None)
+    monkeypatch.setattr(fast, "mkl_is_slow", lambda: False)
+    assert not fast.products_pay(x, fast.ONEDNN_LENGTH, None)
+    assert fast.products_pay(x, 8, bias) and not fast.products_pay(x, 8, bias.bool())
+    assert fast.products_pay(x.bfloat16(), 8, None) and not fast.products_pay(x.bfloat16(), fast.CPU_GEMM_LENGTH, None)
+    assert not fast.products_pay(x.bfloat16().to("meta"), 8, None)
 
 
 # --- biases -----------------------------------------------------------------------------------------------------------

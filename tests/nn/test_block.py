@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from multiway.nn import block
-from multiway.nn.block import Block, Residual, drop_path, residual
+from multiway.nn.attention import Attention
+from multiway.nn.block import Block, Residual, drop_path, of_samples, residual
+from multiway.nn.multiway import Multiway
 from multiway.plan import make_plan
 
 PLAN = make_plan({"pair": {"image": [2, 2, 2], "text": [1, 3, 2]}})
@@ -54,6 +56,70 @@ def test_a_block_adds_both_branches_each_with_its_own_draws() -> None:
     draws = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1]])
     want = torch.tensor([5.0, 21.0, 1.0])[PLAN.sample][:, None]
     assert torch.equal(whole(x, PLAN, draws), want)
+
+
+KINDS = {
+    "image": {"image": [3, 3, 3]},
+    "pair": {"image": [3, 3, 3, 3], "text": [2, 5, 1, 5]},
+    "text": {"text": [4, 1]},
+}
+TAKEN = torch.tensor([1, 0, 1, 0, 1, 1, 0, 0, 1], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_plan_of_some_samples_is_the_plan_of_a_batch_of_these(causal: bool) -> None:
+    """Except that attention stays as wide as the longest sample of all."""
+    plan = make_plan(KINDS, causal_text=causal)
+    rows, own = of_samples(plan, TAKEN)
+    kinds = {"image": {"image": [3, 3]}, "pair": {"image": [3, 3], "text": [5, 1]}, "text": {"text": [1]}}
+    want = make_plan(kinds, causal_text=causal)
+    assert own.segments == want.segments
+    assert torch.equal(own.position, want.position) and torch.equal(own.sample, want.sample)
+    assert all(torch.equal(own.starts[name], first) for name, first in want.starts.items())
+    assert torch.equal(rows, TAKEN[plan.sample].nonzero()[:, 0])
+    x = torch.arange(plan.rows)
+    part = x[rows].split([group.rows for group in own.groups])
+    whole = x.split([group.rows for group in plan.groups])
+    samples = TAKEN.split([group.samples for group in plan.groups])
+    for old, new, before, after, taken in zip(plan.groups, own.groups, whole, part, samples, strict=True):
+        assert (new.kind, new.samples, new.length) == (old.kind, int(taken.sum()), old.length)
+        if old.index is None:
+            assert new.index is None
+            continue
+        real = torch.zeros(len(old.index), dtype=torch.bool).index_fill_(0, old.inverse, True).view(old.samples, -1)
+        assert torch.equal(
+            after[new.index].view(new.samples, -1)[real[taken]], before[old.index].view_as(real)[taken][real[taken]]
+        )
+        assert torch.equal(after[new.index][new.inverse], after)
+        assert new.keep is None if old.keep is None else torch.equal(new.keep, old.keep[taken])
+
+
+def test_no_kind_of_sample_is_left_without_any() -> None:
+    assert of_samples(make_plan(KINDS), TAKEN & (torch.arange(9) != 8)) is None
+
+
+def row_wise(width: int, out: int) -> Multiway:
+    return Multiway(lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out)), ["image", "text"])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_samples_that_skip_a_branch_are_not_missed(causal: bool, seed: int, monkeypatch) -> None:
+    """Outputs and gradients of everything, with and without computing what is dropped."""
+    torch.manual_seed(seed)
+    plan = make_plan(KINDS, causal_text=causal)
+    whole = Block(Attention(row_wise(8, 24), row_wise(8, 8), heads=2), row_wise(8, 8), 0.4, scale=(8, 0.7))
+    base, upstream, draws, found, computed = torch.randn(2, plan.rows, 8).unbind() + (torch.rand(2, 9), [], [])
+    whole.ffn.register_forward_pre_hook(lambda module, given: computed.append(len(given[0])))
+    for skips in (True, False):
+        monkeypatch.setattr(block, "skips", lambda device, skips=skips: skips)
+        x = base.clone().requires_grad_()
+        out = whole(x, plan, draws)
+        found.append((out, *torch.autograd.grad((out * upstream).sum(), [x, *whole.parameters()])))
+    for skipped, multiplied in zip(*found, strict=True):
+        torch.testing.assert_close(skipped, multiplied, rtol=1e-5, atol=1e-5)
+    left = of_samples(plan, draws[1] >= 0.4)
+    assert computed == [plan.rows if left is None else len(left[0]), plan.rows]
 
 
 # --- over (B, N) ------------------------------------------------------------------------------------------------------
