@@ -1,4 +1,4 @@
-"""FLAVA against transformers: tokens of all three encoders, with padding, all losses of pre-training, files both ways."""
+"""FLAVA against transformers: tokens of all three encoders, with padding, all losses, files both ways."""
 
 from __future__ import annotations
 
@@ -178,7 +178,6 @@ def check(ours: FLAVA, theirs: nn.Module, want: Any, folder: Path) -> None:
     names = {name for name, p in ours.named_parameters() if p.grad is not None}
     gradients = to_ours(saved_gradients(theirs, folder / "gradients"), LAYOUT, ours.state_dict())
     assert {name for name, gradient in gradients.items() if gradient.any()} == names
-    taking = nn.Module()
     for name, parameter in ours.named_parameters():
         if name in names:
             error = (parameter.grad - gradients[name]).norm()

@@ -378,10 +378,12 @@ def quick_vqa() -> Run:
 def quick_nlvr2() -> Run:
     """Whether a statement is true of two pictures, or of one: two CPU cores, minutes.
 
-    Command: ``multiway train beit3.quick_nlvr2 --init runs/quick/final --out runs/nlvr2``, or with ``--data.root DIR``.
-    Result: see docs/questions.md, which names the commit.
+    Command: ``multiway train beit3.quick_nlvr2 --init runs/vqa/final --out runs/nlvr2``, after quick_vqa, or with
+    ``--data.root DIR``. Result: see docs/questions.md, which names the commit.
     """
-    return questions.quick("beit3.quick_nlvr2", _asked(quick(), pictures=2).model, "nlvr2")
+    run = questions.quick("beit3.quick_nlvr2", _asked(quick(), pictures=2).model, "nlvr2")
+    optim, schedule = dataclasses.replace(run.optim, lr=1e-3), dataclasses.replace(run.schedule, steps=1500)
+    return dataclasses.replace(run, optim=optim, schedule=schedule)
 
 
 def quick_entailment() -> Run:

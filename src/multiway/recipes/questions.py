@@ -66,7 +66,7 @@ def with_answers(run: Run) -> Any:
     return dataclasses.replace(run.model, answers=run.model.answers or 1)
 
 
-def assemble(run: Run, model: Any, words: Words) -> tuple[Objective, ExampleCollate]:
+def assemble(run: Run, model: Any, words: Words) -> tuple[Objective, Callable[[Any], Batch]]:
     """Objective and collate of a run that tunes a model to answer; batches have no answers yet.
 
     Raises ConfigError, saying what would fit, when the model does not encode what the task asks about.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from multiway.data.image import Limits
 from multiway.data.index import Index, Source
-from multiway.data.records import Fault, Ignored, Record, Where, read_bytes
+from multiway.data.records import Example, Fault, Ignored, Record, Where, read_bytes
 from multiway.data.scan import clean
 from multiway.data.sources import RawSource, discover
 from multiway.engine.log import CONSOLE, LINE_SECONDS
@@ -165,7 +165,7 @@ def _of_raw(sources: Iterable[RawSource]) -> Iterator[Entry | Fault | Ignored]:
     for item in itertools.chain.from_iterable(sources):
         if isinstance(item, Record):
             yield from _of_record(item)
-        else:
+        elif not isinstance(item, Example):  # of which `discover` finds none
             yield item
 
 
