@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from multiway import evaluation
 from multiway.cli import main
-from multiway.errors import ConfigError
+from multiway.errors import ConfigError, DataError
 from multiway.evaluation import evaluate_model
 from multiway.systems import clip
 from multiway.systems.beit3 import BEiT3
@@ -160,3 +161,15 @@ def test_models_that_cannot_judge_are_refused_before_anything_is_embedded(model:
         evaluate_model(model, "retrieval", str(pairs), rerank=str(tmp_path / "clip"))
     with pytest.raises(ConfigError, match="such as a VLMo or FLAVA has; this BEiT3"):
         evaluate_model(model, "retrieval", str(pairs), rerank=model)
+
+
+def test_what_is_bad_stays_listed(tmp_path: Path) -> None:
+    """The file that the error names is there, though the index was made aside."""
+    pretrained().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "bad.jsonl").write_text('{"image": "none.png", "text": "a red square"}\n')
+    with pytest.raises(DataError, match="All are listed in") as error:
+        evaluation.evaluate_model(str(tmp_path / "model"), "retrieval", str(tmp_path / "data"))
+    listed = Path(str(error.value).partition("All are listed in ")[2].partition(":")[0])
+    assert "none.png" in (listed / "quarantine.jsonl").read_text()
+    shutil.rmtree(listed.parent)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from multiway.data.picture import Picture
 from multiway.data.prepare import splits
 from multiway.data.questions import ExampleCorpus, Source, open_examples, scene_examples
 from multiway.errors import ConfigError, WriteError
+from multiway.evaluation import aside
 from multiway.pretrained import Pretrained
 from multiway.run import Data
 from multiway.tasks import answering, entailment, nlvr2, text_classification, vqa
@@ -229,14 +229,14 @@ def evaluate(
     model = pretrained.load(source)
     pictures = getattr(model.model.config, "pictures", 0)  # type: ignore[union-attr]
     require(model, 0 if task == "text_classification" else max(1, pictures), task)
-    with TemporaryDirectory() as aside:
+    with aside() as folder:
         if data is None:
             corpus = scene_examples(task, 0, tokenizer=model.tokenizer, held_out=True)
         else:
             given = Data(root=data, max_bad=0.0, window=model.preprocessor.text_tokens)
             if split is None and len(splits(data, task)) > 1:
                 split = "val"
-            corpus = open_examples(given, task, Path(aside), split, model.tokenizer)
+            corpus = open_examples(given, task, folder, split, model.tokenizer)
             data_set = data_set or Path(data).resolve().name
         found, text = measure(model, corpus, task, data_set, progress=True)
     if predictions is not None:

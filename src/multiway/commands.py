@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import sys
 from functools import partial
 
 from multiway import config, recipes
@@ -194,10 +195,12 @@ def data_index(given: argparse.Namespace) -> None:
 
 
 def data_check(given: argparse.Namespace) -> None:
-    """The report of a pass over raw data."""
+    """The report of a pass over raw data, and every fault on stderr."""
     from multiway.data.index import check
 
     report = check(given.root, split=given.split, missing=given.missing, task=given.task)
+    for fault in report.faults:
+        print(fault, file=sys.stderr)
     print(json.dumps(report.as_dict(), indent=2))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -369,5 +370,19 @@ def indexed(model: Pretrained, data: str, split: str | None) -> Iterator[Index]:
     if (Path(data) / "manifest.json").is_file():
         yield Index.open(data).of()
         return
-    with TemporaryDirectory() as aside:
-        yield build(data, Path(aside) / "index", split=split, tokenizer=model.tokenizer, max_bad_fraction=0.0)
+    with aside() as folder:
+        yield build(data, folder / "index", split=split, tokenizer=model.tokenizer, max_bad_fraction=0.0)
+
+
+@contextmanager
+def aside() -> Iterator[Path]:
+    """A folder for what is needed once; it stays where an error says what is listed in it."""
+    folder = Path(mkdtemp(prefix="multiway-"))
+    try:
+        yield folder
+    except DataError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
