@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import re
@@ -187,7 +188,7 @@ def prepare(data: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def pretraining(given: argparse.Namespace, arm: str, seed: int, cost: float | None = None) -> tuple[Run, Path]:
+def pretraining(given: argparse.Namespace, arm: str, cost: float | None = None) -> tuple[Run, Path]:
     """The run of an arm and its folder; ``cost``: CPU seconds of a step, None = not known yet."""
     objective, heads, items = ARMS[arm]
     run = beit3.photos()
@@ -198,7 +199,7 @@ def pretraining(given: argparse.Namespace, arm: str, seed: int, cost: float | No
         optim=Optim(lr=2e-3, matrices="muon", weight_decay=0.1),
     )  # fmt: skip
     steps = PROBE if cost is None else max(2, round(given.budget / cost))
-    return common(given, run, "pretraining", steps, seed), given.out / "pretrained" / f"{arm}-{seed}"
+    return common(given, run, "pretraining", steps, 0), given.out / "pretrained" / arm
 
 
 def tuning(given: argparse.Namespace, arm: str, name: str, seed: int, cost: float = 0.0) -> tuple[Run, Path]:
@@ -209,7 +210,7 @@ def tuning(given: argparse.Namespace, arm: str, name: str, seed: int, cost: floa
         run,
         model=dataclasses.replace(run.model, **SHAPE),
         optim=dataclasses.replace(run.optim, layer_decay=1.0),  # less would hold back who starts from nothing
-        init=None if arm == NEITHER else str(given.out / "pretrained" / f"{arm}-{seed}" / "final"),
+        init=None if arm == NEITHER else str(given.out / "pretrained" / arm / "final"),
     )
     more = given.budget / len(TASKS) / cost if cost and arm == NEITHER else 0.0
     steps = round((SMOKE if given.smoke else task.steps) + more)
@@ -234,7 +235,7 @@ def seconds_per_step(given: argparse.Namespace) -> dict[str, float]:
     if path.is_file():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
-    runs = {arm: pretraining(given, arm, 0)[0] for arm in ARMS}
+    runs = {arm: pretraining(given, arm)[0] for arm in ARMS}
     runs |= {name: tuning(given, NEITHER, name, 0)[0] for name in TASKS}
     jobs = {name: beit3.build(run, given.out / "probe" / name) for name, run in runs.items()}
     optimizers = {name: build_optimizers(job.objective, runs[name].optim) for name, job in jobs.items()}
@@ -306,30 +307,32 @@ def everything(given: argparse.Namespace, costs: dict[str, float], pool: Process
     left: dict[tuple[str, str, int], float] = {}
     found: dict[str, Any] = {}
 
-    def tune(arm: str, seed: int, start: bool) -> None:
-        for name in TASKS:
+    def tune(arm: str, start: bool) -> None:
+        for seed, (name, task) in itertools.product(range(given.seeds), TASKS.items()):
             run, folder = tuning(given, arm, name, seed, costs[name])
-            left[arm, name, seed] = costs[name] * run.schedule.steps
-            index = given.out / "index" / TASKS[name].data / "val"
-            measure = partial(measured, name, index, 20 if given.smoke else None)
+            if not (folder / "study.json").is_file():
+                left[arm, name, seed] = costs[name] * run.schedule.steps
+            measure = partial(measured, name, given.out / "index" / task.data / "val", 20 if given.smoke else None)
             if start:
                 work[pool.submit(trained, run, folder, measure)] = arm, name, seed
 
-    for seed in range(given.seeds):
-        for arm in ARMS:
-            work[pool.submit(trained, *pretraining(given, arm, seed, costs[arm]))] = arm, "pretraining", seed
-            left[arm, "pretraining", seed] = given.budget
-            tune(arm, seed, start=False)
-        tune(NEITHER, seed, start=True)
+    for arm in ARMS:
+        run, folder = pretraining(given, arm, costs[arm])
+        work[pool.submit(trained, run, folder)] = arm, "pretraining", 0
+        if not (folder / "study.json").is_file():
+            left[arm, "pretraining", 0] = given.budget
+        tune(arm, start=False)
+    tune(NEITHER, start=True)
     total, began = sum(left.values()), time.monotonic()
-    print(f"{len(left)} runs, {total / 60:.0f} CPU minutes of training", flush=True)
+    print(f"{len(left)} runs to go, {total / 60:.0f} CPU minutes of training", flush=True)
     while work:
         for done in wait(work, return_when=FIRST_COMPLETED).done:
             arm, name, seed = work.pop(done)
             found.setdefault(arm, {}).setdefault(name, []).append({"seed": seed, **done.result()})
             if name == "pretraining":
-                tune(arm, seed, start=True)
-            del left[arm, name, seed]
+                tune(arm, start=True)
+            if left.pop((arm, name, seed), None) is None:
+                continue
             rest = sum(left.values())
             minutes = (time.monotonic() - began) / 60 * rest / (total - rest)
             print(f"{arm}, {name}, seed {seed}; {rest / total:.0%} left, about {minutes:.0f} minutes", flush=True)
@@ -344,13 +347,10 @@ def inside(figures: dict[str, Any], names: tuple[str, ...]) -> float:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """A panel per task: the arms, a dot per seed; the floor; published figures."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(2, 4, figsize=(13.5, 6), layout="constrained")
-    arms = [NEITHER, *ARMS]
+    figure, arms = Figure(figsize=(13.5, 6), layout="constrained"), [NEITHER, *ARMS]
+    panels = figure.subplots(2, 4)
     for axes, (name, task) in zip(panels.flat, TASKS.items(), strict=True):
         floor = inside(found[NEITHER][name][0]["figures"], ("chance" if task.score == FOUND else "floor", *task.score))
         bottom = 10 * (floor // 10) if task.score == ("accuracy",) else 0
@@ -376,7 +376,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/study_transfer"))
     parser.add_argument("--budget", type=float, default=360.0, help="CPU seconds of pre-training of an arm")
-    parser.add_argument("--seeds", type=int, default=1, help="of pre-training and of tuning")
+    parser.add_argument("--seeds", type=int, default=1, help="of tuning")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run?")
     parser.add_argument("--record", action="store_true", help="write results/study-transfer-DATE.json")

@@ -75,5 +75,5 @@ def test_who_is_not_pre_trained_has_that_time_for_tuning(study, tmp_path):
         own, _ = study.tuning(given, study.NEITHER, name, 0, 0.25)
         assert own.init is None
         more[name] = own.schedule.steps - task.steps
-    run, _ = study.pretraining(given, "both", 0, 0.5)
+    run, _ = study.pretraining(given, "both", 0.5)
     assert 0.25 * sum(more.values()) == 0.5 * run.schedule.steps == 80
