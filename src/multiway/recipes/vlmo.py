@@ -64,10 +64,9 @@ def quick() -> Run:
     minutes.
 
     Command: ``multiway train vlmo.quick --out runs/vlmo``, or with ``--data.root DIR``, any folder of pictures with
-    captions. Sizes and rates are ours. Result of ``--schedule.steps 150`` at the commit that added this recipe, one
-    thread of a busy machine, four minutes: recall@1 among 1,000 scenes by other writers 18 % both ways, chance 0.1 %;
-    hidden words 30 % right; matching, against ever harder pairs, still at the share of wrong ones. Not yet run by us to
-    its end.
+    captions. Sizes and rates are ours. Result at commit f0ee113, one thread of a busy machine, half an hour: recall@1
+    among 1,000 scenes by other writers 58.0 % (picture to text) and 53.7 % (text to picture), chance 0.1 %; their digit
+    by name, never trained on, 73.7 %, chance 10 %; hidden words 66 % right, matching 76 %, of which always "no" is 67.
     """
     return Run(
         recipe="vlmo.quick",
