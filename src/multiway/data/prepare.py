@@ -43,6 +43,13 @@ EXAMPLES = 3
 TRIES = 8
 """Records that are asked for a text which does not belong to another one."""
 
+FITTING = {
+    "image": "pictures",
+    "pair": "pictures with captions (NAME.txt beside NAME.jpg, a table with image and text, or tar shards with both)",
+    "text": "texts (plain text, or a table with text)",
+}
+"""What a root needs for each kind of sample."""
+
 FIT_PICTURES, FIT_PATCHES = 4_000, 20_000
 """Pictures and patches a patch codebook is fitted on."""
 

@@ -27,13 +27,7 @@ from multiway import evaluation, pretrained
 from multiway.data.collate import DualCollate, MaskedCollate, Samples, Words
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
-from multiway.data.prepare import (
-    Load,
-    open_corpus,
-    scene_corpus,
-    splits,
-    stored_views,
-)
+from multiway.data.prepare import FITTING, Load, open_corpus, scene_corpus, splits, stored_views
 from multiway.data.views import StoredViews
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
@@ -546,7 +540,10 @@ def build(run: Run, out: Path) -> Job:
     kinds = {"image": run.data.images, "pair": run.data.pairs, "text": run.data.texts}
     for kind, items in kinds.items():
         if items and not corpus.sources[kind]:
-            raise ConfigError(f"{run.data.root} has no {kind} records, but a step takes {items}: set data.{kind}s to 0")
+            raise ConfigError(
+                f"{run.data.root} does not fit {run.recipe}, a step of which takes {items} {FITTING[kind]}: it has "
+                f"none; give some, or where others are learned from as well set data.{kind}s to 0"
+            )
     streams = [
         Stream(kind=kind, sources=corpus.sources[kind], weights=corpus.weights[kind], items=items, seed=run.seed)
         for kind, items in kinds.items()

@@ -19,7 +19,7 @@ from multiway.data.augment import PAIRED
 from multiway.data.collate import DualCollate, Samples, Words
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
-from multiway.data.prepare import Load, open_corpus, scene_corpus, splits
+from multiway.data.prepare import FITTING, Load, open_corpus, scene_corpus, splits
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
 from multiway.errors import ConfigError
@@ -79,8 +79,8 @@ def build(
     kinds = {kind: count for kind, count in items.items() if count}
     lacking = [kind for kind in kinds if not corpus.sources[kind]]
     if tokenizer is None or lacking:
-        what = {"image": "pictures", "pair": "pictures with captions", "text": "texts"}[(lacking or ["text"])[0]]
-        raise ConfigError(f"{data.root} has no {what}, of which this recipe learns")
+        what = FITTING[(lacking or ["text"])[0]]
+        raise ConfigError(f"{data.root} does not fit {run.recipe}, which learns from {what}: it has none")
     longest = max(data.window if kind == "text" else data.text_tokens for kind in kinds)
     if tokenizer.vocab > run.model.vocab or longest > run.model.text_tokens:
         raise ConfigError(
