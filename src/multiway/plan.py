@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multiway.errors import ConfigError
+
 
 class Segment(NamedTuple):
     """A run of rows of one modality in one kind of sample."""
@@ -243,6 +245,23 @@ def dense_tokens(x: Tensor, modality: str = "image") -> Tokens:
 
 
 Lengths = Sequence[int] | np.ndarray
+
+
+def plan_of(pictures: int | None, tokens: int, texts: Sequence[Tensor] | None, longest: int) -> Plan:
+    """The plan of so many pictures of ``tokens`` tokens each, of texts, or where both are given of pairs.
+
+    Raises ConfigError for neither, and for a text of more than ``longest`` tokens.
+    """
+    lengths: dict[str, Lengths] = {}
+    if pictures is not None:
+        lengths["image"] = [tokens] * pictures
+    if texts is not None:
+        lengths["text"] = [len(ids) for ids in texts]
+        if (found := max(lengths["text"])) > longest:
+            raise ConfigError(f"a text has {found} tokens, this model reads at most {longest}")
+    if not lengths:
+        raise ConfigError("encode needs pictures, texts, or as many of both")
+    return make_plan({"pair" if len(lengths) == 2 else next(iter(lengths)): lengths})
 
 
 def make_plan(kinds: Mapping[str, Mapping[str, Lengths]], *, causal_text: bool = False) -> Plan:

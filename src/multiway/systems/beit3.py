@@ -41,7 +41,7 @@ from multiway.nn.position import resize_positions
 from multiway.nn.quantize import ImageTokenizer
 from multiway.objectives.contrastive import symmetric_cross_entropy
 from multiway.objectives.masked import masked_cross_entropy
-from multiway.plan import Plan, Tokens, make_plan
+from multiway.plan import Plan, Tokens, make_plan, plan_of
 from multiway.types import Across, Batch, Objective, StepOutput
 from multiway.weights.rename import WeightMap
 
@@ -260,19 +260,10 @@ class BEiT3(nn.Module):
 
         draws: (2 L, S) for stochastic depth, None = nothing dropped.
         """
-        if image is None and text is None:
-            raise ConfigError("encode needs pictures, texts, or as many of both")
-        lengths = {}
-        if image is not None:
-            lengths["image"] = [self.vision.grid[0] * self.vision.grid[1] + 1] * len(image)
-        if text is not None:
-            lengths["text"] = [len(ids) for ids in text]
-            if max(lengths["text"]) > (longest := self.config.text_positions - UNUSED_POSITIONS):
-                raise ConfigError(f"a text has {max(lengths['text'])} tokens, this model reads at most {longest}")
-        kind = "pair" if len(lengths) == 2 else next(iter(lengths))
+        count, longest = None if image is None else len(image), self.config.text_positions - UNUSED_POSITIONS
+        plan = plan_of(count, self.vision.grid[0] * self.vision.grid[1] + 1, text, longest)
         packed = None if text is None else torch.cat(list(text))
-        device = self.vision.cls_token.device
-        return self(make_plan({kind: lengths}).to(device), image=image, text=packed, draws=draws)
+        return self(plan.to(self.vision.cls_token.device), image=image, text=packed, draws=draws)
 
     def pixels(self, image: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> normalised float32; floats are taken as normalised."""

@@ -37,7 +37,7 @@ from multiway.nn.pixels import CLIP_MEAN, CLIP_STD, HALF, Colour
 from multiway.nn.quantize import ImageTokenizer
 from multiway.objectives.contrastive import symmetric_cross_entropy
 from multiway.objectives.masked import masked_cross_entropy
-from multiway.plan import Plan, Tokens, make_plan
+from multiway.plan import Plan, Tokens, plan_of
 from multiway.types import Across, Batch, Objective, StepOutput
 from multiway.weights.flava import LAYOUTS as LAYOUTS
 
@@ -182,8 +182,8 @@ class FLAVA(DualModel):
         """
         if image is None or text is None:
             return super().encode(image=image, text=text, draws=draws)
-        count = self.leading + math.prod(self.encoder.vision.trunk.grid)
-        plan = make_plan({"pair": {"image": [count] * len(image), "text": [len(ids) for ids in text]}})
+        tokens = self.leading + math.prod(self.encoder.vision.trunk.grid)
+        plan = plan_of(len(image), tokens, text, self.config.text_tokens)
         joint = self(plan.to(self.logit_scale.device), image=image, text=torch.cat(list(text)), draws=draws).joint
         assert joint is not None
         return joint

@@ -38,7 +38,7 @@ from multiway.nn.words import WordEmbedding
 from multiway.objectives.contrastive import Negatives, symmetric_cross_entropy
 from multiway.objectives.masked import masked_cross_entropy
 from multiway.objectives.matching import draw_others
-from multiway.plan import Plan, Tokens, make_plan
+from multiway.plan import Plan, Tokens, plan_of
 from multiway.types import Across, Batch, Objective, StepOutput
 from multiway.weights.layouts import BEIT_BLOCK, TIMM_STEM, packed, under
 from multiway.weights.rename import WeightMap
@@ -220,18 +220,10 @@ class VLMo(nn.Module):
 
         draws: (2 L, S) for stochastic depth, None = nothing dropped.
         """
-        if image is None and text is None:
-            raise ConfigError("encode needs pictures, texts, or as many of both")
-        lengths = {}
-        if image is not None:
-            lengths["image"] = [self.picture_tokens] * len(image)
-        if text is not None:
-            lengths["text"] = [len(ids) for ids in text]
-            if max(lengths["text"]) > (longest := self.config.text_tokens):
-                raise ConfigError(f"a text has {max(lengths['text'])} tokens, this model reads at most {longest}")
-        kind = "pair" if len(lengths) == 2 else next(iter(lengths))
+        count = None if image is None else len(image)
+        plan = plan_of(count, self.picture_tokens, text, self.config.text_tokens)
         packed = None if text is None else torch.cat(list(text))
-        return self(make_plan({kind: lengths}).to(self.types.device), image=image, text=packed, draws=draws)
+        return self(plan.to(self.types.device), image=image, text=packed, draws=draws)
 
     @property
     def picture_tokens(self) -> int:
