@@ -19,7 +19,7 @@ from multiway.data.collate import Words
 from multiway.data.examples import ExampleCollate, Question, join
 from multiway.data.image import View
 from multiway.data.picture import Picture
-from multiway.data.prepare import splits
+from multiway.data.prepare import splits, words_of
 from multiway.data.questions import ExampleCorpus, Source, open_examples, scene_examples
 from multiway.errors import ConfigError, WriteError
 from multiway.evaluation import aside
@@ -92,8 +92,8 @@ def answer(
             f"{model.name or 'the model'} reads {wanted} pictures with every text, got {len(questions)} texts and "
             f"{[len(own) for own in shown][:5]} pictures"
         )
-    words, tokenizer = words_of(model), model.tokenizer
-    assert tokenizer is not None, "a model that reads texts has a tokenizer"
+    words, tokenizer = framing(model), model.tokenizer
+    assert tokenizer is not None, "as `require` found"
     asked = [
         Question(
             images=tuple(model.picture(picture) for picture in own), answers=(), record=i,
@@ -166,7 +166,7 @@ def written(task: Task, data_set: str, given: Sequence[Any], keys: Sequence[str]
 
 def questions_of(model: Pretrained, corpus: ExampleCorpus) -> Iterator[Question]:
     """All examples, pictures shown whole."""
-    words, rng = words_of(model), np.random.default_rng(0)
+    words, rng = framing(model), np.random.default_rng(0)
     view = View(px=model.preprocessor.image_px, share=model.preprocessor.share)
     for source, i in corpus.records:
         images = tuple(view(image) for image in source.images(i, view.source_px))
@@ -181,7 +181,7 @@ def scores(
     shape: Any = model.model.config
     pictures = getattr(shape, "pictures", 0)
     collate = ExampleCollate(
-        words=words_of(model), grid=whole_patches(shape.image_px, shape.patch) if pictures else None,
+        words=framing(model), grid=whole_patches(shape.image_px, shape.patch) if pictures else None,
         pictures=pictures, causal=getattr(model.model, "causal", False), leading=getattr(model.model, "leading", 1),
     )  # fmt: skip
 
@@ -199,13 +199,11 @@ def scores(
             yield answering.predict(model.model, [batch])
 
 
-def words_of(model: Pretrained) -> Words:
+def framing(model: Pretrained) -> Words:
     """What a model's texts are framed by."""
-    t, longest = model.tokenizer, model.preprocessor.text_tokens
-    assert t is not None, "a model that reads texts has a tokenizer"
-    return Words(
-        bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.words[0], stop=t.words[1], longest=longest, window=longest
-    )
+    assert model.tokenizer is not None, "a model that reads texts has a tokenizer"
+    longest = model.preprocessor.text_tokens
+    return words_of(model.tokenizer, longest, longest)
 
 
 def evaluate(

@@ -90,14 +90,14 @@ class Corpus:
         t = self.tokenizer
         if t is None:
             raise ConfigError(f"{data.root} has no texts and data.tokenizer names none: masked words need one")
-        return words_of(t, data)
+        return words_of(t, data.text_tokens, data.window)
 
 
-def words_of(t: TextTokenizer, data: Data) -> Words:
-    """What collate needs to know of a tokenizer's vocabulary."""
+def words_of(t: TextTokenizer, longest: int, window: int) -> Words:
+    """What collate needs to know of a tokenizer's vocabulary, and how long texts of pairs and texts alone may be."""
     return Words(
         bos=t.bos, eos=t.eos, mask_id=t.hide, first=t.words[0], stop=t.words[1],
-        longest=data.text_tokens, window=data.window, begins=t.begins,
+        longest=longest, window=window, begins=t.begins,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class ExampleCorpus:
 
     def words(self, data: Data) -> Words:
         """What collate needs to know of the vocabulary."""
-        return words_of(self.tokenizer, data)
+        return words_of(self.tokenizer, data.text_tokens, data.window)
 
     def require_answers(self) -> None:
         """Raise DataError unless every example has an answer."""

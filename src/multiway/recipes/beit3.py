@@ -567,7 +567,7 @@ def build(run: Run, out: Path) -> Job:
     model: Any = objective.model
     objective.init_weights()
     if run.init:
-        start_from(model, run.init)
+        questions.start_from(model, run.init)
     batches = Batches(
         streams, Load(corpus=corpus, views=views, seed=run.seed, stored=stored, decoder=data.decoder), collate
     )
@@ -606,25 +606,6 @@ def build(run: Run, out: Path) -> Job:
         return figures
 
     return Job(objective=objective, batches=batches, data_hash=data_hash, export=export, evaluate=evaluate)
-
-
-def start_from(model: BEiT3, folder: str) -> None:
-    """Fill a model with the weights of a folder, positions interpolated to its grid; heads that are new stay as they
-    are.
-
-    Raises ConfigError when anything but heads is missing there, or shapes differ.
-    """
-    found = pretrained.load(folder)
-    source: Any = found.model
-    source.set_image_size(model.config.image_px)
-    given, own = source.state_dict(), model.state_dict()
-    new = [name for name in own if name not in given]
-    other = [name for name in own if name in given and own[name].shape != given[name].shape]
-    if other or any(model.layer_of(name) <= model.layers for name in new):
-        raise ConfigError(f"{folder} does not fit this model: not there {new[:5]}, of another shape {other[:5]}")
-    model.load_state_dict({name: given.get(name, tensor) for name, tensor in own.items()})
-    left = [name for name in given if name not in own]
-    CONSOLE.print(f"weights from {folder}; new: {', '.join(new) or 'none'}; unused: {', '.join(left) or 'none'}")
 
 
 def view_settings(run: Run) -> dict[str, View]:

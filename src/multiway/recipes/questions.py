@@ -201,9 +201,10 @@ def start_from(model: Any, folder: str) -> None:
     fits = {name for name in own if name in given and own[name].shape == given[name].shape}
     lacking = [name for name in own if name not in fits and model.layer_of(name) <= model.layers]
     if lacking or type(source) is not type(model):
+        absent, other = [n for n in lacking if n not in given], [n for n in lacking if n in given]
         raise ConfigError(
-            f"{folder} holds a {type(source).__name__} that does not fit this {type(model).__name__}: it has no "
-            f"{', '.join(lacking[:5]) or 'such weights'}; set model.* to its shape"
+            f"{folder} holds a {type(source).__name__} that does not fit this {type(model).__name__}: not there "
+            f"{absent[:5]}, of another shape {other[:5]}; set model.* to its shape"
         )
     model.load_state_dict({name: given[name] if name in fits else tensor for name, tensor in own.items()})
     new, left = (", ".join(n for n in names if n not in fits) or "none" for names in (own, given))
