@@ -193,7 +193,7 @@ def compare(args: argparse.Namespace) -> None:
     figures, facts = {}, {}
     for dtype in args.dtypes:
         sides = {name: partial(step, model, loss, dtype, device) for name, (model, loss) in passes.items()}
-        took = take_turns(sides, args)
+        took = take_turns(sides, args, peers=[name for name in sides if name != "ours"])
         figures |= {f"{name} {dtype}": ratio(own, took["ours"]) for name, own in took.items() if name != "ours"}
         if args.large:
             found = {side: child(args, dtype, side) for side in SIDES}

@@ -113,7 +113,7 @@ def compare(args: argparse.Namespace) -> None:
             "sorted": partial(embed_sorted, clip, texts, dtype, args.device),
             "ours": partial(encode, ours, text=captions, batch=BATCH),
         }
-        took = take_turns(sides, args)
+        took = take_turns(sides, args, peers=["padded", "sorted"])
         facts[dtype] = {side: len(texts) / statistics.median(own) for side, own in took.items()}
         for side in ("padded", "sorted"):
             figures[f"{side} {dtype}"] = ratio(took[side], took["ours"])

@@ -208,7 +208,7 @@ def main() -> None:
     figures, facts = {}, {}
     for dtype in args.dtypes:
         sides = {name: partial(step, own, loss, dtype, args.device) for name, (own, loss) in losses.items()}
-        took = take_turns(sides, args)
+        took = take_turns(sides, args, peers=["online", "cached"])
         facts[dtype] = {side: statistics.median(own) for side, own in took.items()}
         for side in ("online", "cached"):
             figures[f"{side} {dtype}"] = ratio(took[side], took["ours"])

@@ -58,7 +58,7 @@ def main() -> None:
                 "reference": partial(step, reference, theirs, dtype, args.device),
                 "ours": partial(step, ours, own, dtype, args.device),
             }
-            took = take_turns(sides, args)
+            took = take_turns(sides, args, peers=["reference"])
             figures[f"{setting} {dtype}"] = ratio(took["reference"], took["ours"])
             facts[setting][dtype] = {f"{side}_seconds": statistics.median(own) for side, own in took.items()}
     report(args, figures, peer=peer(), work=facts)

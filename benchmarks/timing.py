@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from multiway.engine.heap import keep_freed_memory
 
 DTYPES = ("fp32", "bf16")
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
@@ -28,17 +32,22 @@ def options(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=tuple(STEPS_PER_TURN), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU seconds of one thread")
+    parser.add_argument(
+        "--heap", choices=("own", "same"), default="own", help="same: freed memory is kept for peers too"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count; one before them warms up")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line and set the number of threads."""
+    """Read the command line; where sides are to be forked, this process keeps to one thread and lets the heap be."""
     args = parser.parse_args()
     if args.clock == "cpu":
         args.threads = 1
-    torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        args.heap = "same"
+    torch.set_num_threads(1 if args.heap == "own" else args.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the reference's convolutions too
     return args
 
@@ -59,13 +68,51 @@ def seconds(work: Callable[[], object], device: str, clock: str, steps: int = 1)
     return (now() - begun) / steps
 
 
-def take_turns(sides: Mapping[S, Callable[[], object]], args: argparse.Namespace) -> dict[S, list[float]]:
-    """Seconds of every side in every round, one after the other; the first round warms up and is left out."""
+def work_apart(work: Callable[[], object], ours: bool, args: argparse.Namespace, asked: Connection) -> None:
+    """Tell the seconds of one call of ``work`` as often as asked for."""
+    torch.set_num_threads(args.threads)
+    if ours:
+        keep_freed_memory()
+    while asked.recv():
+        asked.send(seconds(work, args.device, args.clock))
+
+
+def take_turns(
+    sides: Mapping[S, Callable[[], object]], args: argparse.Namespace, peers: Collection[S] = ()
+) -> dict[S, list[float]]:
+    """Seconds of every side in every round, one after the other; the first round warms up and is left out.
+
+    ``peers``: where there are some, ``--heap own`` has every side in a process of its own, the peers' with the C
+    library as it is, ours with freed memory kept, as our engine has it.
+    """
+    if peers and args.heap == "own":
+        return turns_apart(sides, args, peers)
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
     took: dict[S, list[float]] = {side: [] for side in sides}
     for turn in range(args.repeats + 1):
         for side, work in sides.items():
             own = seconds(work, args.device, args.clock, STEPS_PER_TURN[args.device])
             took[side] += [own] if turn else []
+    return took
+
+
+def turns_apart(
+    sides: Mapping[S, Callable[[], object]], args: argparse.Namespace, peers: Collection[S]
+) -> dict[S, list[float]]:
+    """`take_turns` of sides in processes of their own, forked, so this one must not have used several threads."""
+    took: dict[S, list[float]] = {side: [] for side in sides}
+    fork, ask = multiprocessing.get_context("fork"), {}
+    for side, work in sides.items():
+        ask[side], asked = fork.Pipe()
+        fork.Process(target=work_apart, args=(work, side not in peers, args, asked), daemon=True).start()
+    for turn in range(args.repeats + 1):
+        for side, own in ask.items():
+            own.send(True)
+            told = own.recv()
+            took[side] += [told] if turn else []
+    for own in ask.values():
+        own.send(False)
     return took
 
 

@@ -279,7 +279,7 @@ def compare(name: str, args: argparse.Namespace) -> None:
     apart = check_equal(sides)
     figures, seconds, megabytes = {}, {}, {}
     for dtype in args.dtypes:
-        took = take_turns({side: partial(sides[side].step, dtype, args.device) for side in SIDES}, args)
+        took = take_turns({side: partial(sides[side].step, dtype, args.device) for side in SIDES}, args, ["reference"])
         figures[f"{name} {dtype} time"] = ratio(took["reference"], took["ours"])
         seconds[dtype] = {side: statistics.median(own) for side, own in took.items()}
     del sides

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from multiway import commands
+from multiway.engine.heap import keep_freed_memory
 from multiway.errors import ConfigError, MultiwayError
 
 WITH_SETTINGS = ("train", "show", "plan")
@@ -18,6 +19,7 @@ PROMPTS = "templates: photos, symbols, satellite, digits, textures, or a file wi
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit codes are those of `multiway.errors`."""
+    keep_freed_memory()
     parser = build_parser()
     given, rest = parser.parse_known_args(arguments)
     if rest and given.command not in WITH_SETTINGS:

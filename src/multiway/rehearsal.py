@@ -276,8 +276,8 @@ def nothing_skipped() -> Iterator[None]:
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Within, CPU tensors are treated as CUDA treats its own: attention is one operation, norms are fp32."""
-    attend, layer_norm, native, slow = attention.attend, F.layer_norm, torch.native_layer_norm, linear.mkl_is_slow
-    pay = attention.products_pay
+    attend, layer_norm, native = attention.attend, F.layer_norm, torch.native_layer_norm
+    onednn, pay = linear.by_onednn, attention.products_pay
 
     def norm(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
         return layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments, **named)
@@ -290,12 +290,12 @@ def as_on_gpu() -> Iterator[None]:
         return native(x.float() if torch.is_autocast_enabled("cpu") else x, *arguments)
 
     attention.attend, F.layer_norm, torch.native_layer_norm = fused, norm, native_norm
-    linear.mkl_is_slow, attention.products_pay = lambda: False, lambda *_: False
+    linear.by_onednn, attention.products_pay = lambda *_: False, lambda *_: False
     try:
         yield
     finally:
         attention.attend, F.layer_norm, torch.native_layer_norm = attend, layer_norm, native
-        linear.mkl_is_slow, attention.products_pay = slow, pay
+        linear.by_onednn, attention.products_pay = onednn, pay
 
 
 class Recorder(TorchDispatchMode):

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from multiway.engine.heap import keep_freed_memory
 from multiway.engine.lock import die_with_parent
 from multiway.errors import DataError, MultiwayError
 from multiway.run import Parallel
@@ -123,6 +124,7 @@ class Process:
 
 def start(threads: int | None) -> Process:
     """Join the processes ``torchrun`` started, or be alone; NCCL with GPUs, gloo without."""
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -18,7 +18,7 @@ class NormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, D) -> (R, D')."""
-        return lean(x, self.norm, self.linear)
+        return self.linear(self.norm(x))
 
 
 class FeedForward(nn.Module):
@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (R, D) -> (R, D)."""
-        x = lean(x, self.norm, self.fc1)
+        x = self.fc1(self.norm(x))
         if self.activation == "gelu":
-            return lean(x, self.inner, self.fc2, gelu=True)
+            return lean(x, self.inner, self.fc2)
         return self.fc2(self.inner(activate(x, self.activation)))

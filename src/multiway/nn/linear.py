@@ -1,4 +1,4 @@
-"""Linear maps; in fp32 on AMD processors by oneDNN, which is twice as fast there as torch's default."""
+"""Linear maps; on CPUs by oneDNN where that is the faster one: in bf16, and in fp32 on AMD processors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,40 @@ def mkl_is_slow() -> bool:
     return amd and wide and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
+@cache
+def bf16_is_native() -> bool:
+    """Whether oneDNN has bf16 products for this processor; it adds a bias on the way, torch in a pass of its own."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def by_onednn(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether oneDNN is the faster one for products of x in this dtype."""
+    return (
+        not torch.compiler.is_compiling()  # first: it must not trace into what asks for the processor
+        and x.device.type == "cpu"
+        and x.numel() > 0  # oneDNN has no product of nothing
+        and ((dtype == torch.bfloat16 and bf16_is_native()) or (dtype == torch.float32 and mkl_is_slow()))
+    )
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` by oneDNN; both may be transposed views."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def plain_or_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of tensors of one dtype, without gradients."""
+    return product(x, weight, bias) if by_onednn(x, x.dtype) else F.linear(x, weight, bias)
+
+
+def gradient(rows: Tensor, x: Tensor) -> Tensor:
+    """``rows.T @ x``, of a weight (O, I), for its result's gradient (R, O) and what it was given, (R, I)."""
+    onednn = rows.dtype == torch.float32 and by_onednn(rows, rows.dtype)  # in bf16 torch copies less
+    return product(rows.t(), x.t()) if onednn else rows.t() @ x
+
+
 class OneDNNLinear(torch.autograd.Function):
-    """`linear` in fp32 on CPU, forward and backward by oneDNN."""
+    """`linear` on CPU, forward and backward by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -50,23 +77,25 @@ class OneDNNLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         return (
             product(grad, weight.t()) if of_x else None,
-            product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if of_weight else None,
+            gradient(rows, x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: (..., I), (O, I), (O,) -> (..., O), by the fastest implementation for the device."""
-    if (
-        not torch.compiler.is_compiling()  # first: it must not trace into what asks for the processor
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel()  # oneDNN has no product of nothing
-        and not torch.is_autocast_enabled("cpu")
-        and mkl_is_slow()
-    ):
-        return OneDNNLinear.apply(x, weight, bias)  # type: ignore[return-value]
+    dtype = product_dtype(x)
+    if by_onednn(x, dtype):
+        bias = None if bias is None else bias.to(dtype)
+        return OneDNNLinear.apply(x.to(dtype), weight.to(dtype), bias)  # type: ignore[return-value]
     return F.linear(x, weight, bias)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That of a product of x: its own, or autocast's for fp32 and half-precision numbers."""
+    kind = x.device.type
+    cast = x.dtype != torch.float64 and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 class Linear(nn.Linear):
@@ -111,51 +140,46 @@ class LeanLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         eps: float,
-        gelu: bool,
         gain: Tensor | None,
         shift: Tensor | None,
         weight: Tensor,
         bias: Tensor,
     ) -> Tensor:
         """x: (..., I) -> (..., O)."""
-        ctx.gelu, ctx.eps, ctx.dtype = gelu, eps, weight.dtype
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        _, seen, _, _ = _normed(x, gelu, gain, shift, eps)
+        ctx.eps, ctx.dtype = eps, weight.dtype
+        dtype = product_dtype(weight)
+        _, seen, _, _ = _normed(x, gain, shift, eps)
         cast = weight.to(dtype)
         ctx.save_for_backward(x, gain, shift, cast)
-        return linear(seen.to(dtype), cast, bias.to(dtype))
+        return plain_or_product(seen.to(dtype), cast, bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of what needs one; those of parameters in their dtype."""
         x, gain, shift, weight = ctx.saved_tensors
-        of_x, _, _, of_gain, of_shift, of_weight, of_bias = ctx.needs_input_grad
-        active, seen, mean, deviation = _normed(x, ctx.gelu, gain, shift, ctx.eps)
+        of_x, _, of_gain, of_shift, of_weight, of_bias = ctx.needs_input_grad
+        active, seen, mean, deviation = _normed(x, gain, shift, ctx.eps)
         rows, flat = grad.flatten(0, -2), seen.flatten(0, -2).to(grad.dtype)
-        of_active, of_norm = linear(grad, weight.t()).to(seen.dtype), (None, None)
+        of_active, of_norm = plain_or_product(grad, weight.t()).to(seen.dtype), (None, None)
         if gain is not None:
             of_active, *of_norm = torch.ops.aten.native_layer_norm_backward(
                 of_active, active, gain.shape, mean, deviation, gain, shift, [of_x, of_gain, of_shift]
             )
-        if of_x and ctx.gelu:
-            of_active = torch.ops.aten.gelu_backward(of_active.to(x.dtype), x)
         return (
-            of_active.to(x.dtype) if of_x else None,
-            None,
+            torch.ops.aten.gelu_backward(of_active.to(x.dtype), x) if of_x else None,
             None,
             *of_norm,
-            linear(rows.t(), flat.t()).to(ctx.dtype) if of_weight else None,
+            gradient(rows, flat).to(ctx.dtype) if of_weight else None,
             rows.sum(0).to(ctx.dtype) if of_bias else None,
         )
 
 
 def _normed(
-    x: Tensor, gelu: bool, gain: Tensor | None, shift: Tensor | None, eps: float
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What is normed, its norm, and mean and inverse deviation of each row; without a norm only what it would norm."""
-    active = F.gelu(x) if gelu else x
+    """GELU(x), its norm, and mean and inverse deviation of each row; without a norm GELU(x) twice."""
+    active = F.gelu(x)
     if gain is None:
         return active, active, None, None
     if x.device.type != "cpu":
@@ -163,26 +187,22 @@ def _normed(
     return active, *torch.native_layer_norm(active, gain.shape, gain, shift, eps)  # type: ignore[return-value]
 
 
-def can_be_lean(norm: nn.Module, to: AnyLinear, gelu: bool) -> bool:
-    """Whether these are wide, something is worth computing again, and nothing but a LayerNorm (or, behind GELU, none)
-    and a linear map, each with a bias.
-    """
-    biased = type(to) is QueryKeyValue or (type(to) in (Linear, nn.Linear) and to.bias is not None)
-    if to.in_features < LEAN_WIDTH or not biased:
+def can_be_lean(norm: nn.Module, to: nn.Linear) -> bool:
+    """Whether these are wide, and nothing but a LayerNorm or an Identity and a linear map, each with a bias."""
+    if to.in_features < LEAN_WIDTH or type(to) not in (Linear, nn.Linear) or to.bias is None:
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in (norm, to)):
         return False
-    return (type(norm) is nn.LayerNorm and norm.bias is not None) or (gelu and type(norm) is nn.Identity)
+    return type(norm) is nn.Identity or (type(norm) is nn.LayerNorm and norm.bias is not None)
 
 
-def lean(x: Tensor, norm: nn.Module, to: AnyLinear, *, gelu: bool = False) -> Tensor:
-    """``to(norm(x))``, or ``to(norm(GELU(x)))``: with gradients only x is kept, the rest is computed again.
+def lean(x: Tensor, norm: nn.Module, to: nn.Linear) -> Tensor:
+    """``to(norm(GELU(x)))``: with gradients only x is kept, the rest, which is cheap, is computed again.
 
-    Half of a block's activations are results of norms and of GELU, which are cheap. x: (..., I) -> (..., O). Rows
-    narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a LayerNorm (or, behind GELU, an
-    Identity) and a biased linear map (adapters, hooks).
+    x: (..., I) -> (..., O). Rows narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a
+    LayerNorm or an Identity and a biased linear map (adapters, hooks).
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not can_be_lean(norm, to, gelu):
-        return to(norm(F.gelu(x) if gelu else x))
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not can_be_lean(norm, to):
+        return to(norm(F.gelu(x)))
     gain, shift, eps = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
-    return LeanLinear.apply(x, eps, gelu, gain, shift, to.weight, to.bias)  # type: ignore[return-value]
+    return LeanLinear.apply(x, eps, gain, shift, to.weight, to.bias)  # type: ignore[return-value]

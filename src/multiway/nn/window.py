@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multiway.nn import attention
-from multiway.nn.linear import AnyLinear, Linear, lean
+from multiway.nn.linear import AnyLinear, Linear
 from multiway.nn.position import relative_index
 
 APART = -100.0
@@ -137,10 +137,10 @@ class WindowAttention(nn.Module):
         not shifted (B W, H, N, C) and (H, N, N).
         """
         bottom, right = (whole - own for whole, own in zip(layout.size, x.shape[1:3], strict=True))
+        x = self.norm(x)
         if bottom or right:  # padding is zero behind the norm
-            qkv = self.qkv(F.pad(self.norm(x), (0, 0, 0, right, 0, bottom)))
-        else:
-            qkv = lean(x, self.norm, self.qkv)
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        qkv = self.qkv(x)
         bias = self.bias()
         q, k, v = Split.apply(qkv.flatten(1, 2), layout.split, layout.unsplit, bias.shape[1])  # type: ignore[misc]
         if self.cosine is not None:
