@@ -127,8 +127,10 @@ GOALS = (
     Goal(6, "peak memory, all kept, bf16", "memory", "plain bf16", 0.75, 0.55),
     Goal(6, "peak memory, blocks recomputed, fp32", "memory", "recompute fp32", 0.5, 0.35),
     Goal(6, "peak memory, blocks recomputed, bf16", "memory", "recompute bf16", 0.5, 0.35),
-    Goal(7, "share of matmul rate, fp32", "matmul", "base fp32", 0.83, 0.90),
-    Goal(7, "share of matmul rate, bf16", "matmul", "base bf16", 0.62, 0.74),
+    Goal(7, "share of torch's matmul rate, fp32", "matmul", "base fp32", 0.83, 0.90),
+    Goal(7, "share of torch's matmul rate, bf16", "matmul", "base bf16", 0.62, 0.74),
+    Goal(7, "share of the fastest matmul rate, fp32", "matmul", "base fp32 fastest", 0.83, 0.90),
+    Goal(7, "share of the fastest matmul rate, bf16", "matmul", "base bf16 fastest", 0.62, 0.74),
     *(
         Goal(8, f"growth, {name}, {dtype}", "growth", f"ours {name} {dtype}", floor, goal)
         for name, floor, goal in (
