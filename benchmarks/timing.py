@@ -22,6 +22,9 @@ DTYPES = ("fp32", "bf16")
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}
 """A device that runs behind its host is waited for once in so many steps."""
 
+TURN_SECONDS = 0.5
+"""How long a side with a process of its own is at work in its turn, or one step: it begins with the other's cache."""
+
 Figure = dict[str, float]
 S = TypeVar("S")
 
@@ -69,12 +72,15 @@ def seconds(work: Callable[[], object], device: str, clock: str, steps: int = 1)
 
 
 def work_apart(work: Callable[[], object], ours: bool, args: argparse.Namespace, asked: Connection) -> None:
-    """Tell the seconds of one call of ``work`` as often as asked for."""
+    """Tell the seconds of one call of ``work`` as often as asked for, the mean of as many as fill a turn."""
     torch.set_num_threads(args.threads)
     if ours:
         keep_freed_memory()
+    steps = 1
     while asked.recv():
-        asked.send(seconds(work, args.device, args.clock))
+        took = seconds(work, args.device, args.clock, steps)
+        steps = max(1, round(TURN_SECONDS / took))
+        asked.send(took)
 
 
 def take_turns(
