@@ -50,7 +50,8 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
         args.threads = 1
     if args.device != "cpu":
         args.heap = "same"
-    torch.set_num_threads(1 if args.heap == "own" else args.threads)
+    forks = args.heap == "own" and getattr(args, "side", None) is None  # one side alone is a child that forks none
+    torch.set_num_threads(1 if forks else args.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the reference's convolutions too
     return args
 
@@ -112,6 +113,7 @@ def turns_apart(
     for side, work in sides.items():
         ask[side], asked = fork.Pipe()
         fork.Process(target=work_apart, args=(work, side not in peers, args, asked), daemon=True).start()
+        asked.close()  # theirs now: if they end, we are told
     for turn in range(args.repeats + 1):
         for side, own in ask.items():
             own.send(True)

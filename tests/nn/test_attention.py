@@ -154,7 +154,7 @@ def plain(qkv: Tensor, group: Group, heads: int, bias: Tensor | None) -> Tensor:
 def test_products_of_heads_are_their_plain_twin(group: Group, biased: bool, onednn: bool, monkeypatch) -> None:
     if onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(fast, "by_onednn", lambda x, length: onednn)
+    monkeypatch.setattr(fast, "heads_by_onednn", lambda x, length: onednn)
     qkv = drawn(group.rows, 3 * 2 * 5).requires_grad_()
     given = [qkv, *([drawn(2, group.length, group.length, seed=7).requires_grad_()] if biased else [])]
     upstream, results = drawn(group.rows, 2 * 5, seed=1), []

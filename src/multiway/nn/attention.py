@@ -91,7 +91,7 @@ def visible(bias: Tensor | None, keep: Tensor | None) -> Tensor | None:
     return torch.where(keep, bias, float("-inf"))
 
 
-def by_onednn(x: Tensor, length: int) -> bool:
+def heads_by_onednn(x: Tensor, length: int) -> bool:
     """Whether products of heads are oneDNN's: in fp32, where MKL is slow and they are worth the calls."""
     return x.dtype == torch.float32 and length >= ONEDNN_LENGTH and mkl_is_slow()
 
@@ -101,7 +101,7 @@ def products_pay(x: Tensor, length: int, bias: Tensor | None) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     added = bias is not None and bias.is_floating_point()
-    return by_onednn(x, length) or ((added or x.dtype == torch.bfloat16) and length < CPU_GEMM_LENGTH)
+    return heads_by_onednn(x, length) or ((added or x.dtype == torch.bfloat16) and length < CPU_GEMM_LENGTH)
 
 
 def head_places(group: Group, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ class HeadProducts(torch.autograd.Function):
         q, k, v = qkv.reshape(-1, width).index_select(0, source).view(3, *size, width)
         q.mul_(width**-0.5)
         whole = None if bias is None else bias.expand(*size, group.length)
-        kept, mixed, onednn = None, torch.empty_like(q), by_onednn(qkv, group.length)
+        kept, mixed, onednn = None, torch.empty_like(q), heads_by_onednn(qkv, group.length)
         for head in np.ndindex(size[:2]) if onednn else [...]:
             p = _probabilities(q, k, whole, head)
             mixed[head] = _times(p, v[head])

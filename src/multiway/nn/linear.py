@@ -48,7 +48,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def plain_or_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def fastest_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` of tensors of one dtype, without gradients."""
     return product(x, weight, bias) if by_onednn(x, x.dtype) else F.linear(x, weight, bias)
 
@@ -151,7 +151,7 @@ class LeanLinear(torch.autograd.Function):
         _, seen, _, _ = _normed(x, gain, shift, eps)
         cast = weight.to(dtype)
         ctx.save_for_backward(x, gain, shift, cast)
-        return plain_or_product(seen.to(dtype), cast, bias.to(dtype))
+        return fastest_product(seen.to(dtype), cast, bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -161,7 +161,7 @@ class LeanLinear(torch.autograd.Function):
         of_x, _, of_gain, of_shift, of_weight, of_bias = ctx.needs_input_grad
         active, seen, mean, deviation = _normed(x, gain, shift, ctx.eps)
         rows, flat = grad.flatten(0, -2), seen.flatten(0, -2).to(grad.dtype)
-        of_active, of_norm = plain_or_product(grad, weight.t()).to(seen.dtype), (None, None)
+        of_active, of_norm = fastest_product(grad, weight.t()).to(seen.dtype), (None, None)
         if gain is not None:
             of_active, *of_norm = torch.ops.aten.native_layer_norm_backward(
                 of_active, active, gain.shape, mean, deviation, gain, shift, [of_x, of_gain, of_shift]
