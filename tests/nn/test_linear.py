@@ -83,6 +83,8 @@ def test_it_is_taken_on_cpu_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) 
     linear(x.double(), module.weight.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x.double(), module.weight.double()).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="dtype"):
+        module(x.bfloat16())  # nothing but autocast casts
     assert module.to("meta")(x.to("meta")).shape == (4, 6)
     assert taken == []
 

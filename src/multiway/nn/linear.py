@@ -85,7 +85,7 @@ class OneDNNLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: (..., I), (O, I), (O,) -> (..., O), by the fastest implementation for the device."""
     dtype = product_dtype(x)
-    if by_onednn(x, dtype):
+    if dtype == product_dtype(weight) and by_onednn(x, dtype):
         bias = None if bias is None else bias.to(dtype)
         return OneDNNLinear.apply(x.to(dtype), weight.to(dtype), bias)  # type: ignore[return-value]
     return F.linear(x, weight, bias)
@@ -94,7 +94,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """That of a product of x: its own, or autocast's for fp32 and half-precision numbers."""
     kind = x.device.type
-    cast = x.dtype != torch.float64 and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    cast = x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
