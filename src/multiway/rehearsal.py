@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -259,18 +260,19 @@ class Stage:
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
         """Within, everything is fake and recorded."""
-        with self.fake, nothing_skipped(), as_on_gpu() if self.imitated else nullcontext(), Recorder() as recorder:
+        with self.fake, nothing_asked(), as_on_gpu() if self.imitated else nullcontext(), Recorder() as recorder:
             yield recorder
 
 
 @contextmanager
-def nothing_skipped() -> Iterator[None]:
-    """Within, stochastic depth skips no work: what is drawn cannot be asked of fake tensors."""
-    skips, block.skips = block.skips, lambda device: False
+def nothing_asked() -> Iterator[None]:
+    """Within, nothing is asked of fake tensors that they cannot do: tell what was drawn, be packed by oneDNN."""
+    skips, rows = block.skips, linear.PACKED_ROWS
+    block.skips, linear.PACKED_ROWS = lambda device: False, sys.maxsize
     try:
         yield
     finally:
-        block.skips = skips
+        block.skips, linear.PACKED_ROWS = skips, rows
 
 
 @contextmanager

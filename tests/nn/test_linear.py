@@ -62,6 +62,25 @@ def test_bf16_is_the_plain_one(biased: bool) -> None:
         torch.testing.assert_close(own, other, rtol=0, atol=2**-7 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("rows", [fast.PACKED_ROWS - 1, fast.PACKED_ROWS])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_packed_weight_is_the_weight(rows: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fast.bf16_is_native():
+        pytest.skip("oneDNN has no bf16 products for this processor")
+    x, weight = torch.randn(2, rows, 100).bfloat16()[:1], torch.randn(70, 100).bfloat16()
+    bias = torch.randn(70).bfloat16() if biased else None
+    packing = torch.ops.mkldnn._reorder_linear_weight
+    packed: list[int] = []
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *own: packed.append(own[1]) or packing(*own))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(fast.product(x, weight, bias).double(), exact, rtol=2**-8, atol=1e-4)
+    assert packed == ([rows] if rows >= fast.PACKED_ROWS else [])
+    torch.testing.assert_close(
+        fast.product(x, weight.t().contiguous().t()).double(), x.double() @ weight.double().t(), rtol=2**-8, atol=1e-4
+    )
+    assert packed == ([rows] if rows >= fast.PACKED_ROWS else [])  # a transposed one as it is
+
+
 @needs_onednn
 def test_it_is_taken_on_cpu_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.dtype] = []

@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 LEAN_WIDTH = 384
 """Narrower rows are kept as they are: there the time of the calls is worth more than the memory."""
 
+PACKED_ROWS = 1024
+"""From this many rows on, a bf16 weight is worth bringing into oneDNN's own layout, be it for one product."""
+
 
 @cache
 def mkl_is_slow() -> bool:
@@ -44,7 +47,10 @@ def by_onednn(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN; both may be transposed views."""
+    """``x @ weight.T + bias`` by oneDNN; both may be transposed views, too slow to be brought into its layout."""
+    rows = x.numel() // x.shape[-1]
+    if x.dtype == torch.bfloat16 and rows >= PACKED_ROWS and weight.is_contiguous():
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
