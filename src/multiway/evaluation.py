@@ -29,7 +29,7 @@ from multiway.data.text import framed
 from multiway.engine.log import CONSOLE
 from multiway.errors import ConfigError, DataError, WriteError
 from multiway.metrics.caption import Unit
-from multiway.nn.quantize import PatchCodebook
+from multiway.nn.quantize import ImageTokenizer
 from multiway.pretrained import Pretrained
 from multiway.tasks import captioning, fill, image_classification, linear_probe, retrieval, zero_shot
 from multiway.tasks.needs import check
@@ -128,7 +128,7 @@ def zero_shot_of_scenes(model: Pretrained, seed: int = 0) -> dict[str, Any]:
 
 
 def filling_of_scenes(
-    model: Pretrained, tokenizer: PatchCodebook, collate: Callable[[Samples], Batch], seed: int = 0
+    model: Pretrained, tokenizer: ImageTokenizer, collate: Callable[[Samples], Batch], seed: int = 0
 ) -> dict[str, Any]:
     """Filling in held-out scenes and their captions; of the patches those that show handwriting count."""
     scenes = builtin.retrieval_scenes(HELD_OUT, seed)
@@ -138,7 +138,8 @@ def filling_of_scenes(
         Sample(image=torch.from_numpy(image), text=text, record=i, rng=generator(seed, "fill", i))
         for i, (image, text) in enumerate(zip(scenes.images, ids, strict=True))
     ]
-    return fill.evaluate(model.model, tokenizer, pairs, collate, builtin.ink_patches(scenes, tokenizer.patch))
+    shape: Any = model.model.config
+    return fill.evaluate(model.model, tokenizer, pairs, collate, builtin.ink_patches(scenes, shape.patch))
 
 
 def retrieval_of(

@@ -14,6 +14,11 @@ TEXT_TOKENS = 64
 """Longest text a model reads unless its preprocessor says otherwise, with ``<s>`` and ``</s>``."""
 
 
+def longest_text(shape: Any) -> int:
+    """Tokens of the longest text that a model with this config can read; BEiT-3 has two positions it never uses."""
+    return getattr(shape, "text_tokens", 0) or getattr(shape, "text_positions", TEXT_TOKENS + 2) - 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preprocessor:
     """How pictures and texts become inputs: the content of ``preprocessor_config.json``.
@@ -48,7 +53,7 @@ class Preprocessor:
         """
         own = {name: getattr(tokenizer, name, -1) for name in ("bos", "pad", "eos", "unk", "hide")}
         ids: dict[str, Any] = {name: None if special < 0 else special for name, special in own.items()}
-        longest = getattr(shape, "text_tokens", 0) or getattr(shape, "text_positions", TEXT_TOKENS + 2) - 2
+        longest = longest_text(shape)
         usual = cls(
             image_px=shape.image_px, mean=shape.mean, std=shape.std, share=getattr(shape, "share", None),
             text_tokens=getattr(shape, "text_tokens", min(TEXT_TOKENS, longest)), **ids,

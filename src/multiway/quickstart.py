@@ -33,6 +33,7 @@ from multiway.engine.train import Job, train
 from multiway.errors import ConfigError
 from multiway.nn.quantize import PatchCodebook
 from multiway.pretrained import Pretrained
+from multiway.recipes.pictures import IMAGE_TOKENIZER
 from multiway.report import page
 from multiway.report.examples import Examples, collect
 from multiway.run import Run
@@ -199,7 +200,7 @@ def read_codebook(ready: Pretrained, folder: Path) -> PatchCodebook:
     """The image tokenizer a model was trained with."""
     shape: Any = ready.model.config
     book = PatchCodebook(shape.codes, shape.patch)
-    book.load_state_dict(load_file(folder / "image_tokenizer.safetensors"))
+    book.load_state_dict(load_file(folder / IMAGE_TOKENIZER))
     return book
 
 

@@ -122,8 +122,8 @@ def test_nothing_has_gradients_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of these tests are wide enough."""
-    monkeypatch.setattr(fast, "LEAN_WIDTH", 1)
+    """Rows of these tests are wide and many enough."""
+    monkeypatch.setattr(fast, "lean_pays", lambda x, to: True)
 
 
 def modules(normed: bool = True) -> tuple[torch.nn.Module, Linear]:
@@ -212,10 +212,17 @@ def test_lean_keeps_its_input_alone(narrow: None, normed: bool, monkeypatch: pyt
 
     assert kept(lean) == x.numel()
     assert kept(plain) == (3 if normed else 2) * x.numel()
-    monkeypatch.setattr(fast, "LEAN_WIDTH", 25)
+    monkeypatch.setattr(fast, "lean_pays", lambda x, to: False)
     assert kept(lean) == kept(plain)
     with torch.no_grad():
         assert lean(x, norm, to).grad_fn is None
+
+
+def test_lean_pays_for_rows_that_are_wide_and_many() -> None:
+    wide = fast.LEAN_WIDTH
+    assert fast.lean_pays(torch.empty(2, 5, wide), Linear(wide, 10))
+    assert not fast.lean_pays(torch.empty(9, wide), Linear(wide, 10))  # less than the weight's own memory
+    assert not fast.lean_pays(torch.empty(10, wide - 1), Linear(wide - 1, 10))
 
 
 # --- keys without a bias ----------------------------------------------------------------------------------------------

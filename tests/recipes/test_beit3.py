@@ -8,11 +8,13 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from multiway import config, evaluation, pretrained
 from multiway.data import prepare
@@ -21,7 +23,11 @@ from multiway.data.indexed import Index
 from multiway.engine.train import train
 from multiway.errors import ConfigError
 from multiway.recipes import beit3, names, recipe
+from multiway.recipes.pictures import IMAGE_TOKENIZER
 from multiway.run import Run
+from multiway.systems.vq_kd import VQKD
+from multiway.systems.vq_kd import Config as VQKDConfig
+from tests.contracts.toys import randomize
 
 WORDS = ("red", "blue", "green", "dog", "cat", "house", "near", "under")
 
@@ -133,10 +139,47 @@ def test_without_room_beside_the_data_visual_tokens_lie_below_the_run(
     assert len(list((tmp_path / "out" / "views").glob("*/*/code.npy"))) == 2
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer_is_said(folder: Path, tmp_path: Path) -> None:
+def test_the_codebook_that_targets_came_from_is_exported(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    two_steps(beit3.quick(), out)
+    kept, exported = (load_file(path) for path in (out / "codebook.safetensors", out / "final" / IMAGE_TOKENIZER))
+    assert kept.keys() == exported.keys() == {"centroids"} and torch.equal(kept["centroids"], exported["centroids"])
+
+
+@pytest.mark.parametrize("views", [0, 1])
+def test_targets_are_those_of_a_vq_kd_that_is_named(views: int, tmp_path: Path) -> None:
+    """As in the paper."""
+    shape: Any = {"dim": 32, "depth": 1, "heads": 2, "hidden": 32, "patch": 16, "image_px": 64, "codes": 512}
+    tokenizer = VQKD(VQKDConfig(**shape, code_dim=8, decoder_depth=1, teacher_dim=16))
+    randomize(tokenizer)
+    torch.nn.init.normal_(tokenizer.codebook.weight)
+    pretrained.save_pretrained(tokenizer, tmp_path / "vq_kd")
+    given = [f"--objective.tokenizer={tmp_path / 'vq_kd'}", f"--objective.views={views}", "--model.image_px=64"]
+    given += ["--model.patch=16", "--data.pairs=6", "--data.images=2", "--data.texts=2"]
+    job = beit3.build(config.override(beit3.quick(), given), tmp_path / "out")
+    objective: Any = job.objective
+    batch = job.batches.batch(0)[0]
+    codes = objective.codes(batch)
+    assert ("image_code" in batch) == bool(views) and len(codes.unique()) > 1
+    assert torch.equal(codes[:2].flatten(1), tokenizer(batch["image"][:2]).flatten(1))
+    assert not any("tokenizer" in name for name in objective.state_dict())
+    lines = two_steps(beit3.quick(), tmp_path / "out", *given)
+    assert np.isfinite([line["image"] for line in lines]).all()
+    assert not (tmp_path / "out" / "final" / IMAGE_TOKENIZER).exists()  # it has a folder of its own
+    with pytest.raises(ConfigError, match="no image tokenizer of 8 codes"):
+        beit3.build(config.override(beit3.quick(), [*given, "--model.codes=8"]), tmp_path / "out")
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_and_texts_too_long_are_said(folder: Path, tmp_path: Path) -> None:
     run = config.override(beit3.photos(), [f"--data.root={folder}", "--data.vocab=64", "--model.vocab=16"])
-    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ ids, the model 16.*model.vocab"):
+    with pytest.raises(ConfigError, match=r"have \d+ ids and up to 40 tokens, the model 16 and 64: set model.vocab"):
         beit3.build(run, tmp_path / "out")
+    run = config.override(beit3.photos(), [f"--data.root={folder}", "--data.vocab=64", "--data.window=65"])
+    with pytest.raises(ConfigError, match=r"up to 65 tokens, the model 4096 and 64: set .*data.window"):
+        beit3.build(run, tmp_path / "out")
+    nothing = ["--data.pairs=0", "--data.images=0", "--data.texts=0", f"--data.root={folder}", "--data.vocab=64"]
+    with pytest.raises(ConfigError, match=r"a step takes nothing: set data.pairs"):
+        beit3.build(config.override(beit3.photos(), nothing), tmp_path / "out")
 
 
 def test_weights_of_another_width_are_refused_by_name(tmp_path: Path) -> None:

@@ -93,11 +93,14 @@ def test_data_and_models_that_do_not_fit_are_refused(folder: Path, tmp_path: Pat
             clip.build(config.override(clip.quick(), [option]), tmp_path)
     (pictures := tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(pictures / "a.png")
-    with pytest.raises(ConfigError, match="does not fit clip.* learns from pictures with captions"):
+    with pytest.raises(
+        ConfigError,
+        match=r"does not fit clip.quick, a step of which takes \d+ pictures with captions .* set data.pairs to 0",
+    ):
         clip.build(config.override(clip.quick(), [f"--data.root={pictures}"]), tmp_path)
     two_steps(siglip, tmp_path / "siglip", f"--data.root={folder}", "--data.vocab=64")
     given = [f"--init={tmp_path / 'siglip' / 'final'}", f"--data.root={folder}"]
-    with pytest.raises(ConfigError, match="holds a SigLIP, this recipe tunes a CLIP"):
+    with pytest.raises(ConfigError, match="holds a SigLIP that does not fit this CLIP"):
         clip.build(config.override(clip.quick(), given), tmp_path)
 
 

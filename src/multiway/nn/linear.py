@@ -193,9 +193,14 @@ def _normed(
     return active, *torch.native_layer_norm(active, gain.shape, gain, shift, eps)  # type: ignore[return-value]
 
 
+def lean_pays(x: Tensor, to: nn.Linear) -> bool:
+    """Whether the memory is worth the time: for wide rows, and as many as make more than the weight's own memory."""
+    return to.in_features >= LEAN_WIDTH and x.numel() >= to.weight.numel()
+
+
 def can_be_lean(norm: nn.Module, to: nn.Linear) -> bool:
-    """Whether these are wide, and nothing but a LayerNorm or an Identity and a linear map, each with a bias."""
-    if to.in_features < LEAN_WIDTH or type(to) not in (Linear, nn.Linear) or to.bias is None:
+    """Whether these are nothing but a LayerNorm or an Identity and a linear map, each with a bias."""
+    if type(to) not in (Linear, nn.Linear) or to.bias is None:
         return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in (norm, to)):
         return False
@@ -205,10 +210,11 @@ def can_be_lean(norm: nn.Module, to: nn.Linear) -> bool:
 def lean(x: Tensor, norm: nn.Module, to: nn.Linear) -> Tensor:
     """``to(norm(GELU(x)))``: with gradients only x is kept, the rest, which is cheap, is computed again.
 
-    x: (..., I) -> (..., O). Rows narrower than LEAN_WIDTH take the plain way, and so do modules that are more than a
+    x: (..., I) -> (..., O). Rows that are narrow or few take the plain way, and so do modules that are more than a
     LayerNorm or an Identity and a biased linear map (adapters, hooks).
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not can_be_lean(norm, to):
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if plain or not lean_pays(x, to) or not can_be_lean(norm, to):
         return to(norm(F.gelu(x)))
     gain, shift, eps = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, 0.0)
     return LeanLinear.apply(x, eps, gain, shift, to.weight, to.bias)  # type: ignore[return-value]

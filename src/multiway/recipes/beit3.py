@@ -4,74 +4,52 @@ pictures (``_classify``, ``_imagenet``).
 
 ``multiway train beit3.NAME --out DIR`` trains one; every setting can be overridden (``multiway show beit3.NAME``).
 Figures of base, large and giant are the paper's and the released code's (masked.md 6.5, 7.1); the batch is theirs as
-well: 2048 pictures, 2048 texts and 2048 pairs in every step. Image targets are codes of a k-means patch codebook, which
-stands where the paper has BEiT-2's VQ-KD tokenizer.
+well: 2048 pictures, 2048 texts and 2048 pairs in every step. Image targets are codes of a k-means patch codebook,
+unless ``--objective.tokenizer DIR`` names the paper's, BEiT-2's VQ-KD (``vq_kd.*`` trains one).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import track
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from multiway import evaluation, pretrained
-from multiway.data.collate import DualCollate, MaskedCollate, Samples, Words
-from multiway.data.image import View
-from multiway.data.loader import Batches, Stream
-from multiway.data.prepare import FITTING, Load, open_corpus, scene_corpus, splits, stored_views
-from multiway.data.views import StoredViews
-from multiway.engine.log import CONSOLE
+from multiway import evaluation
+from multiway.data.collate import MaskedCollate, Samples, Words
 from multiway.engine.train import Job
-from multiway.errors import ConfigError
 from multiway.nn.pixels import IMAGENET_MEAN, IMAGENET_STD
-from multiway.nn.quantize import PatchCodebook
-from multiway.preprocessor import Preprocessor
 from multiway.pretrained import Pretrained
-from multiway.recipes import captioning, pictures, questions
+from multiway.recipes import captioning, pairs, pictures, questions
 from multiway.recipes.captioning import Caption
-from multiway.recipes.pictures import make_codebook
+from multiway.recipes.pairs import Contrast
+from multiway.recipes.pictures import Classify
 from multiway.recipes.questions import Answer
 from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
 from multiway.systems.beit3 import PRESETS, BEiT3, Config, MaskedAndContrast, MaskedDataModeling
-from multiway.tasks import retrieval
+from multiway.tasks.retrieval import ImageTextContrast
 from multiway.types import Batch, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masked:
     """Masked data modelling. Ratios: share of patches, of words of texts, and of words of pairs that are hidden.
-    ``weights``: of the losses ``image pair_image pair_text text contrast``, 1 where not named. ``views``: views of each
-    picture whose codes are stored before training, 0 = codes are computed while training. ``contrast``: also match
-    pictures and texts apart; then the share ``joint`` of a step's pairs is read jointly."""
+    ``weights``: of the losses ``image pair_image pair_text text contrast``, 1 where not named. ``tokenizer``: folder of
+    a VQ-KD, as in the paper, or file, folder or hub id of DALL-E's encoder, None = mean patches, fitted by k-means
+    before training; ``views``: of each picture whose codes are stored before training, 0 = codes are computed while
+    training. ``contrast``: also match pictures and texts apart; then the share ``joint`` of a step's pairs is read
+    jointly."""
 
     image_ratio: float = 0.4
     text_ratio: float = 0.15
     pair_ratio: float = 0.5
     weights: dict[str, float] = field(default_factory=dict)
+    tokenizer: str | None = None
     views: int = 0
     contrast: bool = False
     joint: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """Match pictures and texts, each encoded alone. ``keep``: share of the patches of each picture that are read while
-    training: fewer make shorter steps, and a short tuning with all of them recovers most (FLIP, arXiv 2212.00794)."""
-
-    keep: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ConfigError(f"objective.keep is a share of the patches, above 0 and at most 1, got {self.keep}")
 
 
 # ---------------------------------------------------------------------------------------------------- pre-training
@@ -470,7 +448,7 @@ def _imagenet(name: str, model: Config, lr: float, decay: float, drop_path: floa
         model, masked=False, classes=1000, mean=IMAGENET_MEAN, std=IMAGENET_STD, share=1.0, drop_path=drop_path
     )
     return pictures.imagenet(
-        f"beit3.{name}", model, pictures.Classify(), batch=1024, epochs=50, warmup=5, scale=0.08, lr=lr, final_lr=1e-6,
+        f"beit3.{name}", model, Classify(), batch=1024, epochs=50, warmup=5, scale=0.08, lr=lr, final_lr=1e-6,
         layer_decay=decay, clip=0.0,
     )  # fmt: skip
 
@@ -496,125 +474,44 @@ def large_imagenet() -> Run:
 # ------------------------------------------------------------------------------------------------- from run to job
 
 
-def assemble(
-    run: Run, words: Words, codebook: PatchCodebook | None = None
-) -> tuple[Objective, Callable[[Samples], Batch]]:
-    """The objective of a run, not initialised, and what makes its batches. ``codebook``: None = one of zeros."""
-    if isinstance(run.objective, pictures.Classify):
-        return pictures.classify(run, BEiT3(pictures.with_classes(run.model)))
-    if isinstance(run.objective, Answer):
-        return questions.assemble(run, BEiT3(questions.with_answers(run)), words)
-    model, grid = BEiT3(run.model), run.model.grid
-    branches = 2 * run.model.depth if run.model.drop_path else 0
+def assemble(run: Run, words: Words) -> tuple[Objective, Callable[[Samples], Batch]]:
+    """The objective of a run, not initialised, and what makes its batches; its tokenizer comes with `build`."""
     settings = run.objective
+    if isinstance(settings, Classify):
+        return pictures.classify(run, BEiT3(pictures.with_classes(run.model)))
+    if isinstance(settings, Answer):
+        return questions.assemble(run, BEiT3(questions.with_answers(run)), words)
+    model = BEiT3(run.model)
     if isinstance(settings, Contrast):
-        collate = DualCollate(words=words, grid=grid, branches=branches, keep=settings.keep)
-        return retrieval.ImageTextContrast(model), collate
+        return ImageTextContrast(model, settings.negatives), pairs.collate(run, words, model)
     if isinstance(settings, Caption):
-        return captioning.assemble(run, model, words, branches)
+        return captioning.assemble(run, model, words, pictures.branches(model))
     kind = MaskedAndContrast if settings.contrast else MaskedDataModeling
-    book = codebook or PatchCodebook(run.model.codes, run.model.patch)
-    return kind(model, book, settings.weights), MaskedCollate(
-        words=words, grid=grid, branches=branches, contrast=settings.contrast, joint=settings.joint,
-        image_ratio=settings.image_ratio, text_ratio=settings.text_ratio, pair_ratio=settings.pair_ratio,
+    return kind(model, pictures.no_tokenizer(run), settings.weights), MaskedCollate(
+        words=words, grid=run.model.grid, branches=pictures.branches(model), contrast=settings.contrast,
+        joint=settings.joint, image_ratio=settings.image_ratio, text_ratio=settings.text_ratio,
+        pair_ratio=settings.pair_ratio,
     )  # fmt: skip
 
 
 def build(run: Run, out: Path) -> Job:
-    """Everything the loop needs; what has to be made once (index, codebook, stored views) is kept below ``out``."""
-    if isinstance(run.objective, pictures.Classify):
+    """Everything the loop needs; what has to be made once (index, image tokenizer, stored views) is kept below
+    ``out``.
+    """
+    if isinstance(run.objective, Classify):
         return pictures.build(run, out, assemble)
     if isinstance(run.objective, Answer):
         return questions.build(run, out, assemble)
-    data = run.data
-    if run.init and not data.tokenizer:
-        data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))
-    corpus = scene_corpus(run.seed) if data.root is None else open_corpus(data, out / "index")
-    words, tokenizer = corpus.words(data), corpus.tokenizer
-    if tokenizer is not None and tokenizer.vocab > run.model.vocab:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab} ids, the model {run.model.vocab}: set model.vocab to at least "
-            f"that, or data.vocab to at most {run.model.vocab}"
-        )
-    views = view_settings(run)
-    kinds = {"image": run.data.images, "pair": run.data.pairs, "text": run.data.texts}
-    for kind, items in kinds.items():
-        if items and not corpus.sources[kind]:
-            raise ConfigError(
-                f"{run.data.root} does not fit {run.recipe}, a step of which takes {items} {FITTING[kind]}: it has "
-                f"none; give some, or where others are learned from as well set data.{kind}s to 0"
-            )
-    streams = [
-        Stream(kind=kind, sources=corpus.sources[kind], weights=corpus.weights[kind], items=items, seed=run.seed)
-        for kind, items in kinds.items()
-        if items
-    ]
-    stored: Mapping[str, Sequence[StoredViews | None]] = {}
-    codebook = None
-    data_hash = corpus.hash
-    if isinstance(run.objective, Masked):
-        codebook = make_codebook(run, corpus, views["image"], out)
-        if run.objective.views:
-            identity = hashlib.sha256(codebook.centroids.numpy().tobytes()).hexdigest()
-            stored, views_hash = stored_views(
-                corpus, codebook, identity, views, each=run.objective.views, seed=run.seed, out=out,
-                track=partial(track, description="visual tokens", console=CONSOLE),
-            )  # fmt: skip
-            data_hash += views_hash
-    torch.manual_seed(run.seed)
-    objective, made = assemble(run, words, codebook)
-    collate: Any = made
-    model: Any = objective.model
-    objective.init_weights()
-    if run.init:
-        questions.start_from(model, run.init)
-    batches = Batches(
-        streams, Load(corpus=corpus, views=views, seed=run.seed, stored=stored, decoder=data.decoder), collate
-    )
-    preprocessor = Preprocessor.of(run.model, tokenizer, {"text_tokens": run.data.text_tokens})
-
-    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
-        given = dataclasses.asdict(preprocessor)
-        card = {
-            "title": run.recipe,
-            "text": f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps.",
-        }
-        pretrained.save_pretrained(model, folder, tokenizer=tokenizer, preprocessor=given, card=card, weights=weights)
-        if codebook is not None:
-            save_file({"centroids": codebook.centroids.contiguous()}, folder / "image_tokenizer.safetensors")
-
-    def evaluate(model: nn.Module) -> dict[str, Any]:
-        ready = Pretrained(model, tokenizer, preprocessor)
-        figures: dict[str, Any] = {}
-        search = captioning.search(run.objective) if isinstance(run.objective, Caption) else None
-        if run.data.root is None:
-            if run.model.contrast:
-                figures["retrieval"] = evaluation.retrieval_of_scenes(ready, run.seed)
-                figures["zero_shot"] = evaluation.zero_shot_of_scenes(ready, run.seed)
-            if codebook is not None:
-                hiding = dataclasses.replace(collate, branches=0, contrast=False)
-                figures["masked"] = evaluation.filling_of_scenes(ready, codebook, hiding, run.seed)
-            if search is not None:
-                figures["captioning"] = evaluation.captioning_of_scenes(ready, run.seed, **search)
-        elif (run.model.contrast or search is not None) and "val" in splits(run.data.root):
-            val = open_corpus(dataclasses.replace(run.data, more={}, tokenizer=None), out / "index", split="val")
-            if run.model.contrast:
-                figures["retrieval"] = evaluation.retrieval_of(ready, val.sources["pair"], evaluation.HELD_OUT)
-            if search is not None:
-                pairs = val.sources["pair"]
-                figures["captioning"] = evaluation.captioning_of(ready, pairs, evaluation.HELD_OUT, **search)
-        return figures
-
-    return Job(objective=objective, batches=batches, data_hash=data_hash, export=export, evaluate=evaluate)
+    tokenizer_of = pictures.tokenizer_of if isinstance(run.objective, Masked) else None
+    return pairs.build(run, out, assemble, tokenizer_of, partial(figures, run=run, out=out))
 
 
-def view_settings(run: Run) -> dict[str, View]:
-    """How pictures alone and pictures of pairs are shown."""
-    data, px = run.data, run.model.image_px
-    flip = 0.5 if data.flip else 0.0
-
-    def view(smallest: float) -> View:
-        scale = None if smallest == 1 else (smallest, 1.0)
-        return View(px=px, scale=scale, flip=flip, jitter=data.jitter)
-
-    return {"image": view(data.image_scale), "pair": view(data.pair_scale)}
+def figures(ready: Pretrained, objective: Any, collate: Any, *, run: Run, out: Path) -> dict[str, Any]:
+    """Retrieval of a model that compares, captions of one that writes, and of embedded scenes what is filled in."""
+    found = pairs.figures(ready, run, out) if run.model.contrast else {}
+    if isinstance(run.objective, Caption):
+        found |= captioning.figures(ready, run, out)
+    if isinstance(run.objective, Masked) and run.data.root is None:
+        hiding = dataclasses.replace(collate, branches=0, contrast=False)
+        found["masked"] = evaluation.filling_of_scenes(ready, objective.tokenizer, hiding, run.seed)
+    return found

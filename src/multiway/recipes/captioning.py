@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from multiway import evaluation
 from multiway.data.captions import CaptionCollate
 from multiway.data.collate import Words
 from multiway.errors import ConfigError
+from multiway.pretrained import Pretrained
+from multiway.recipes import pairs
 from multiway.run import Optim, Run, Schedule
 from multiway.tasks.captioning import BEAMS, LENGTH_PENALTY, LONGEST, Captioning
 
@@ -45,9 +49,15 @@ def assemble(run: Run, model: Any, words: Words, branches: int) -> tuple[Caption
     return Captioning(model, settings.smoothing, settings.drop, settings.drop_after), collate
 
 
-def search(settings: Caption) -> dict[str, Any]:
-    """How captions are searched for, as `multiway.evaluation.captions` takes it."""
-    return {"beams": settings.beams, "length_penalty": settings.length_penalty}
+def figures(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:
+    """How well captions are written: of embedded scenes, or of the data's split ``val``; nothing without one."""
+    search = {"beams": run.objective.beams, "length_penalty": run.objective.length_penalty}
+    if run.data.root is None:
+        return {"captioning": evaluation.captioning_of_scenes(ready, run.seed, **search)}
+    held_out = pairs.held_out(run, out)
+    if held_out is None:
+        return {}
+    return {"captioning": evaluation.captioning_of(ready, held_out, evaluation.HELD_OUT, **search)}
 
 
 def tuned(run: Run, name: str, lr: float) -> Run:

@@ -265,7 +265,7 @@ def build(run: Run, out: Path) -> Job:
     if settings.language and not run.data.tokenizer:
         tokenizer = str(Path(settings.language) / pretrained.TOKENIZER)
         run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=tokenizer))
-    job = pairs.build(run, out, assemble, questions.start_from, pictures.tokenizer_of)
+    job = pairs.build(run, out, assemble, pictures.tokenizer_of)
     model: Any = job.objective.model
     for folder, part_of in ((settings.vision, vision_of), (settings.language, language_of)):
         if folder:

@@ -5,13 +5,13 @@ named here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from multiway import evaluation, pretrained
 from multiway.backbones.vit import whole_patches
@@ -19,19 +19,22 @@ from multiway.data.augment import PAIRED
 from multiway.data.collate import DualCollate, Samples, Words
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
-from multiway.data.prepare import FITTING, Load, open_corpus, scene_corpus, splits
-from multiway.engine.log import CONSOLE
+from multiway.data.prepare import FITTING, Corpus, Load, Source, open_corpus, scene_corpus, splits
 from multiway.engine.train import Job
 from multiway.errors import ConfigError
 from multiway.objectives.contrastive import Negatives
-from multiway.preprocessor import Preprocessor
+from multiway.preprocessor import Preprocessor, longest_text
 from multiway.pretrained import Pretrained
-from multiway.recipes.pictures import TokenizerOf, give_tokens
+from multiway.recipes import questions
+from multiway.recipes.pictures import TokenizerOf, export_of, give_tokens
 from multiway.run import Run
 from multiway.types import Batch, Objective
 
 Assemble = Callable[[Run, Words], tuple[Objective, Callable[[Samples], Batch]]]
 """A recipe module's ``assemble``."""
+
+Measure = Callable[[Pretrained, Objective, Any], dict[str, Any]]
+"""Figures of a model by what is trained, whose objective and collate these are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +64,21 @@ def build(
     run: Run,
     out: Path,
     assemble: Assemble,
-    start: Callable[[Any, str], None] | None = None,
     tokenizer_of: TokenizerOf | None = None,
+    measure: Measure | None = None,
 ) -> Job:
-    """Everything the loop needs for pairs, texts or pictures; what is made once (index, stored views) is kept below
-    ``out``.
+    """Everything the loop needs for pairs, texts or pictures; what is made once (index, image tokenizer, stored views)
+    is kept below ``out``.
 
-    ``start(model, folder)``: fills a model with the weights of a folder, None = `start_from`; ``tokenizer_of``: makes
-    the image tokenizer of objectives that predict tokens, as `pictures.tokenizer_of`.
+    ``tokenizer_of``: makes the image tokenizer of objectives that predict tokens, as `pictures.tokenizer_of`;
+    ``measure``: what evaluation tells, None = `figures`.
     """
     data = run.data
     if run.init and not data.tokenizer:
         data = dataclasses.replace(data, tokenizer=str(Path(run.init) / pretrained.TOKENIZER))
     corpus = scene_corpus(run.seed) if data.root is None else open_corpus(data, out / "index")
     tokenizer = corpus.tokenizer
-    items = {"image": data.images, "pair": data.pairs, "text": data.texts}
-    kinds = {kind: count for kind, count in items.items() if count}
-    lacking = [kind for kind in kinds if not corpus.sources[kind]]
-    if tokenizer is None or lacking:
-        what = FITTING[(lacking or ["text"])[0]]
-        raise ConfigError(f"{data.root} does not fit {run.recipe}, which learns from {what}: it has none")
-    longest = max(data.window if kind == "text" else data.text_tokens for kind in kinds)
-    if tokenizer.vocab > run.model.vocab or longest > run.model.text_tokens:
-        raise ConfigError(
-            f"tokenizer and texts have {tokenizer.vocab} ids and up to {longest} tokens, the model {run.model.vocab} "
-            f"and {run.model.text_tokens}: set model.vocab, data.text_tokens and data.window"
-        )
+    kinds = fitting(run, corpus)
     views = {"image": view_of(run, data.image_scale), "pair": view_of(run, data.pair_scale)}
     views = {kind: view for kind, view in views.items() if kind in kinds}
     torch.manual_seed(run.seed)
@@ -94,7 +86,7 @@ def build(
     model: Any = objective.model
     objective.init_weights()
     if run.init:
-        (start or start_from)(model, run.init)
+        questions.start_from(model, run.init)
     streams = [
         Stream(kind=kind, sources=corpus.sources[kind], weights=corpus.weights[kind], items=count, seed=run.seed)
         for kind, count in kinds.items()
@@ -109,20 +101,37 @@ def build(
     shares = {kind: share for kind, share in getattr(run.objective, "shares", {}).items() if kind in kinds}
     preprocessor = Preprocessor.of(run.model, tokenizer, {"text_tokens": data.text_tokens})
 
-    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
-        text = f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps."
-        pretrained.save_pretrained(
-            model, folder, tokenizer=tokenizer, preprocessor=dataclasses.asdict(preprocessor),
-            card={"title": run.recipe, "text": text}, weights=weights,
-        )  # fmt: skip
-
     def evaluate(model: nn.Module) -> dict[str, Any]:
-        return figures(Pretrained(model, tokenizer, preprocessor), run, out)
+        ready = Pretrained(model, tokenizer, preprocessor)
+        return measure(ready, objective, made) if measure else figures(ready, run, out)
 
     return Job(
         objective=objective, batches=Batches(streams, load, made, shares or None), data_hash=corpus.hash + digest,
-        export=export, evaluate=evaluate,
+        export=export_of(run, objective, preprocessor, tokenizer), evaluate=evaluate,
     )  # fmt: skip
+
+
+def fitting(run: Run, corpus: Corpus) -> dict[str, int]:
+    """Samples of a step by kind; raises ConfigError for data without one of the kinds, or too much for the model."""
+    data, tokenizer = run.data, corpus.tokenizer
+    items = {"image": data.images, "pair": data.pairs, "text": data.texts}
+    kinds = {kind: count for kind, count in items.items() if count}
+    if not kinds:
+        raise ConfigError("a step takes nothing: set data.pairs, data.images or data.texts above 0")
+    for kind, count in kinds.items():
+        if not corpus.sources[kind]:
+            raise ConfigError(
+                f"{data.root} does not fit {run.recipe}, a step of which takes {count} {FITTING[kind]}: it has none; "
+                f"give some, or where others are learned from as well set data.{kind}s to 0"
+            )
+    vocab, most = 0 if tokenizer is None else tokenizer.vocab, longest_text(run.model)
+    longest = max(data.window if kind == "text" else data.text_tokens for kind in kinds)
+    if vocab > run.model.vocab or longest > most:
+        raise ConfigError(
+            f"tokenizer and texts have {vocab} ids and up to {longest} tokens, the model {run.model.vocab} and {most}: "
+            "set model.vocab or data.vocab, data.text_tokens and data.window"
+        )
+    return kinds
 
 
 def view_of(run: Run, least: float) -> View:
@@ -137,8 +146,8 @@ def view_of(run: Run, least: float) -> View:
 
 
 def figures(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:
-    """Retrieval and zero-shot classification of embedded scenes, or retrieval of the data's split ``val``; of a model
-    that compares pairs.
+    """Retrieval and zero-shot classification of embedded scenes, or retrieval of what is held out; of a model that
+    compares pairs.
     """
     if not run.data.pairs:
         return {}
@@ -147,24 +156,13 @@ def figures(ready: Pretrained, run: Run, out: Path) -> dict[str, Any]:
             "retrieval": evaluation.retrieval_of_scenes(ready, run.seed),
             "zero_shot": evaluation.zero_shot_of_scenes(ready, run.seed),
         }
-    if "val" not in splits(run.data.root):
-        return {}
+    sources = held_out(run, out)
+    return {} if sources is None else {"retrieval": evaluation.retrieval_of(ready, sources, evaluation.HELD_OUT)}
+
+
+def held_out(run: Run, out: Path) -> Sequence[Source] | None:
+    """The pairs of the root's split ``val``, None without one."""
+    if run.data.root is None or "val" not in splits(run.data.root):
+        return None
     val = open_corpus(dataclasses.replace(run.data, more={}, tokenizer=None), out / "index", split="val")
-    return {"retrieval": evaluation.retrieval_of(ready, val.sources["pair"], evaluation.HELD_OUT)}
-
-
-def start_from(model: Any, folder: str) -> None:
-    """Fill a model with the weights of a folder, positions interpolated to its pictures.
-
-    Raises ConfigError when the folder holds another kind or shape of model.
-    """
-    source: Any = pretrained.load(folder).model
-    if type(source) is not type(model):
-        raise ConfigError(f"{folder} holds a {type(source).__name__}, this recipe tunes a {type(model).__name__}")
-    source.set_image_size(model.config.image_px)
-    given, own = source.state_dict(), model.state_dict()
-    other = [name for name in own if name not in given or given[name].shape != own[name].shape]
-    if other or given.keys() != own.keys():
-        raise ConfigError(f"{folder} has another shape than this run's model: {', '.join(other[:5])}; set model.*")
-    model.load_state_dict(given)
-    CONSOLE.print(f"weights from {folder}")
+    return val.sources["pair"]

@@ -39,6 +39,7 @@ from multiway.data.prepare import (
     splits,
     stored_views,
 )
+from multiway.data.text import TextTokenizer
 from multiway.data.views import StoredViews
 from multiway.engine.log import CONSOLE
 from multiway.engine.train import Job
@@ -58,6 +59,9 @@ Assemble = Callable[[Run, Words], tuple[Objective, Callable[[Samples], Batch]]]
 
 TokenizerOf = Callable[[Run, Corpus, View, Path], tuple[ImageTokenizer, str]]
 """Makes the image tokenizer of a run, perhaps fitted on such views and kept in the folder, and its identity."""
+
+IMAGE_TOKENIZER = "image_tokenizer.safetensors"
+"""The file of a patch codebook beside a model's weights."""
 
 HELD_OUT = 2000
 """Pictures of a validation split that are measured on at most."""
@@ -267,13 +271,6 @@ def build(
     preprocessor = Preprocessor.of(run.model, None, {"labels": list(corpus.labels)} if tuning else {})
     held_out = val_corpus(run, out)
 
-    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
-        text = f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps."
-        pretrained.save_pretrained(
-            model, folder, preprocessor=dataclasses.asdict(preprocessor), card={"title": run.recipe, "text": text},
-            weights=weights,
-        )  # fmt: skip
-
     def evaluate(model: nn.Module) -> dict[str, Any]:
         if held_out is None:
             return {}
@@ -284,9 +281,29 @@ def build(
         return {"pre-training": held_out_loss(objective, collate, held_out, shown, run.seed)}
 
     return Job(
-        objective=objective, batches=Batches([stream], load, collate), data_hash=data_hash, export=export,
-        evaluate=evaluate,
+        objective=objective, batches=Batches([stream], load, collate), data_hash=data_hash,
+        export=export_of(run, objective, preprocessor), evaluate=evaluate,
     )  # fmt: skip
+
+
+def export_of(
+    run: Run, objective: Any, preprocessor: Preprocessor, tokenizer: TextTokenizer | None = None
+) -> Callable[[Mapping[str, Tensor], Path], None]:
+    """What writes the model's folder, given its weights; a patch codebook that targets came from goes there, too (other
+    image tokenizers have folders of their own).
+    """
+    text = f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps."
+
+    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+        pretrained.save_pretrained(
+            objective.model, folder, tokenizer=tokenizer, preprocessor=dataclasses.asdict(preprocessor),
+            card={"title": run.recipe, "text": text}, weights=weights,
+        )  # fmt: skip
+        book = getattr(objective, "tokenizer", None)
+        if isinstance(book, PatchCodebook):
+            save_file(dict(book.state_dict()), folder / IMAGE_TOKENIZER)
+
+    return export
 
 
 def open_pictures(data: Data, folder: Path, split: str | None = None) -> Corpus:

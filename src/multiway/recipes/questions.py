@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from multiway import answers, pretrained
 from multiway.answers import Task
@@ -116,19 +116,13 @@ def build(run: Run, out: Path, assemble: Assemble) -> Job:
     preprocessor = Preprocessor.of(run.model, tokenizer, given)
     held_out = held_out_examples(run, data, out, corpus)
 
-    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
-        text = f"Trained by `multiway train {run.recipe}` for {run.schedule.steps} steps."
-        pretrained.save_pretrained(
-            model, folder, tokenizer=tokenizer, preprocessor=dataclasses.asdict(preprocessor),
-            card={"title": run.recipe, "text": text}, weights=weights,
-        )  # fmt: skip
-
     def evaluate(model: nn.Module) -> dict[str, Any]:
         if held_out is None:
             return {}
         ready = Pretrained(model, tokenizer, preprocessor)
         return {settings.task: answers.measure(ready, held_out, settings.task, settings.data_set)[0]}
 
+    export = pictures.export_of(run, objective, preprocessor, tokenizer)
     return Job(objective=objective, batches=batches, data_hash=corpus.hash, export=export, evaluate=evaluate)
 
 

@@ -415,7 +415,7 @@ def build(run: Run, out: Path) -> Job:
         raise ConfigError("--init names all weights: leave objective.vision empty")
     if run.data.pairs == 1:
         raise ConfigError("one pair has no other to be compared with: set data.pairs to 2 or more")
-    job = pairs.build(run, out, assemble, questions.start_from)
+    job = pairs.build(run, out, assemble)
     if folder:
         model: Any = job.objective.model
         given = vision_of(pretrained.load(folder).model, model)

@@ -205,6 +205,7 @@ class BEiT3(nn.Module):
     accepts: ClassVar[frozenset[frozenset[str]]] = frozenset(
         {frozenset({"image"}), frozenset({"text"}), frozenset({"image", "text"})}
     )
+    causal: ClassVar[bool] = False
 
     def __init__(self, config: Config) -> None:
         super().__init__()
