@@ -166,6 +166,8 @@ def test_targets_are_those_of_a_vq_kd_that_is_named(views: int, tmp_path: Path) 
     lines = two_steps(beit3.quick(), tmp_path / "out", *given)
     assert np.isfinite([line["image"] for line in lines]).all()
     assert not (tmp_path / "out" / "final" / IMAGE_TOKENIZER).exists()  # it has a folder of its own
+    with pytest.raises(ConfigError, match="16-pixel patches, this run's model has 8-pixel ones: .*set model.patch"):
+        beit3.build(config.override(beit3.quick(), [*given, "--model.patch=8"]), tmp_path / "out")
     with pytest.raises(ConfigError, match="no image tokenizer of 8 codes"):
         beit3.build(config.override(beit3.quick(), [*given, "--model.codes=8"]), tmp_path / "out")
 

@@ -174,6 +174,11 @@ def tokenizer_of(run: Run, corpus: Corpus, view: View, out: Path) -> tuple[Image
             "folder of a VQ-KD or of DALL-E's encoder, and set model.codes to the size of its codebook"
         )
     model.set_image_size(run.model.image_px)
+    if grid_of(model.config) != grid_of(run.model):
+        raise ConfigError(
+            f"{run.objective.tokenizer} has {model.config.patch}-pixel patches, this run's model has "
+            f"{run.model.patch}-pixel ones: every patch needs a visual token; set model.patch to the former"
+        )
     return Frozen(model), found.fingerprint  # type: ignore[return-value]
 
 
