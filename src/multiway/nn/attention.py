@@ -137,7 +137,7 @@ class HeadProducts(torch.autograd.Function):
         kept, mixed, onednn = None, torch.empty_like(q), heads_by_onednn(qkv, group.length)
         for head in np.ndindex(size[:2]) if onednn else [...]:
             p = _probabilities(q, k, whole, head)
-            mixed[head] = _times(p, v[head])
+            _times(p, v[head], mixed[head])
             kept = None if onednn else p
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.save_for_backward(q, k, v, whole, place, kept)
@@ -157,20 +157,22 @@ class HeadProducts(torch.autograd.Function):
             of_p = _times(g[head], v[head].mT)
             into = of_p if of_bias is None else of_bias[head]
             scores = torch.ops.aten._softmax_backward_data.out(of_p, p, -1, p.dtype, grad_input=into)
-            vectors[0][head] = _times(scores, k[head])
-            vectors[1][head] = _times(scores.mT, q[head])
-            vectors[2][head] = _times(p.mT, g[head])
+            for part, (a, b) in enumerate(((scores, k), (scores.mT, q), (p.mT, g))):
+                _times(a, b[head], vectors[part][head])
         vectors[0].mul_(width**-0.5)
         back = place.view(-1, 1, size[1]) + torch.arange(3, device=q.device)[:, None] * (q.numel() // width)
         rows = vectors.view(-1, width).index_select(0, back.flatten()).view(len(grad), -1)
         return rows, None, None, None if of_bias is None else of_bias.sum_to_size(ctx.bias[0]).to(ctx.bias[1])
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``: of one head (two dimensions) by oneDNN, which would copy a first factor that is transposed."""
+def _times(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """``a @ b``, written ``into`` a tensor if one is given: of all heads (B, H, ...), or of one by oneDNN, which would
+    copy a first factor that is transposed.
+    """
     if a.ndim > 2:
-        return a @ b
-    return product(a, b.mT) if a.is_contiguous() else product(b.mT, a).mT
+        return a @ b if into is None else torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=into.flatten(0, 1))
+    found = product(a, b.mT) if a.is_contiguous() else product(b.mT, a).mT
+    return found if into is None else into.copy_(found)
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, head: Any) -> Tensor:
