@@ -6,7 +6,7 @@
 
 Each script runs in a process of its own and prints one line of JSON; here they are put into one table. A row is
 "below" when it misses its floor, else "floor" or "goal"; where the goal is smaller than the floor, less is better.
-``--record`` writes everything to ``results/DEVICE-DATE.json``. The last line is one JSON object.
+``--record`` writes everything to ``results/DEVICE-MODE-DATE.json``. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -209,10 +209,17 @@ def shown(line: dict[str, Any]) -> str:
     return f"{text:85}{line['floor']:7.2f}{line['goal']:7.2f}  {line['verdict']}"
 
 
+def commit() -> str | None:
+    """The commit that is measured, with "-dirty" where files were changed since; None outside of git."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(asked, cwd=HERE, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
 def record(result: dict[str, Any]) -> None:
-    """Write the results under the device's name and today's date."""
+    """Write the results under the device's name, the mode and today's date."""
     device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    path = HERE / "results" / f"{device}-{result['date']}.json"
+    path = HERE / "results" / f"{device}-{result['mode']}-{result['date']}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -230,11 +237,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, help="rounds of every script, None = its own choice")
     parser.add_argument("--compile", action="store_true", help=f"our blocks, in {', '.join(COMPILED)}")
-    parser.add_argument("--record", action="store_true", help="write results/DEVICE-DATE.json")
+    parser.add_argument("--record", action="store_true", help="write results/DEVICE-MODE-DATE.json")
     args = parser.parse_args()
     mode = "cuda" if args.device == "cuda" else args.mode
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    result: dict[str, Any] = {"benchmark": "table", "mode": mode, "date": date, "device": "", "table": []}
+    result: dict[str, Any] = {"benchmark": "table", "mode": mode, "date": date, "commit": commit(), "device": ""}
+    result["table"] = []
     calls: dict[str, Any] = {}
     print(f"row  {'quantity':45}{'median':>8}   {'least to greatest round':25}{'floor':>6}{'goal':>7}")
     for name, goals in wanted(mode, args.rows).items():
