@@ -8,7 +8,7 @@ of the linear maps and of attention among real tokens, forward once and backward
 computed again count nothing. The rate is that of one big square product of the same dtype, taken before every step:
 torch's own, by which the floors were set, and for ``fastest`` the faster of that and of `multiway.nn.linear`, since on
 some processors torch's fp32 products run at half their rate. On a GPU we know, ``mfu`` is the share of its data sheet's
-dense bf16 rate. The last line is one JSON object.
+dense bf16 rate; the optimiser's update is no part of the step. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIDE = {"cpu": 3072, "cuda": 8192}
 BATCH = {"tiny": 2, "narrow": 8, "small": 256, "base": 64, "large": 32, "giant": 16}
 """Pairs a GPU step takes."""
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s in the makers' data sheets, by a part of the device's name."""
 
 

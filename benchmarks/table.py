@@ -2,7 +2,7 @@
 
     python benchmarks/table.py                  # under 15 minutes on two cores: make bench
     python benchmarks/table.py --full --record  # every row at full size: make bench-full
-    python benchmarks/table.py --device cuda    # what a GPU can show, in under 10 minutes
+    python benchmarks/table.py --device cuda    # what a GPU can show, in under 10 minutes (with --check: does it run?)
 
 Each script runs in a process of its own and prints one line of JSON; here they are put into one table. A row is
 "below" when it misses its floor, else "floor" or "goal"; where the goal is smaller than the floor, less is better.
@@ -176,7 +176,7 @@ def wanted(mode: str, rows: list[int]) -> dict[str, list[Goal]]:
 
 def run(name: str, mode: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """What a script says in its last line; None when it failed, having said why on standard error."""
-    words = getattr(CALLS[name], mode).split()
+    words = getattr(CALLS[name], "check" if args.mode == "check" else mode).split()
     if args.repeats and "--repeats" not in words:
         words += ["--repeats", str(args.repeats)]
     words += ["--device", args.device] if args.device != "cpu" else []
@@ -185,7 +185,9 @@ def run(name: str, mode: str, args: argparse.Namespace) -> dict[str, Any] | None
     words += ["--compile"] if args.compile and CALLS[name].file in COMPILED else []
     path = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-W", "ignore", str(HERE / CALLS[name].file), *words]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}  # the engine takes a GPU where it sees one
+    env = os.environ | {"PYTHONPATH": path} | hidden
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         print(f"{' '.join(command[3:])} ended with status {done.returncode}", file=sys.stderr)
         return None
@@ -212,8 +214,10 @@ def shown(line: dict[str, Any]) -> str:
 def commit() -> str | None:
     """The commit that is measured, with "-dirty" where files were changed since; None outside of git."""
     asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(asked, cwd=HERE, capture_output=True, text=True)
-    return found.stdout.strip() or None
+    try:
+        return subprocess.run(asked, cwd=HERE, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:  # no git
+        return None
 
 
 def record(result: dict[str, Any]) -> None:

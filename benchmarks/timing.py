@@ -53,6 +53,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     forks = args.heap == "own" and getattr(args, "side", None) is None  # one side alone is a child that forks none
     torch.set_num_threads(1 if forks else args.threads)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the reference's convolutions too
+    torch.backends.cudnn.deterministic = True  # codes that are made twice are the same
     return args
 
 

@@ -283,6 +283,8 @@ def compare(name: str, args: argparse.Namespace) -> None:
         figures[f"{name} {dtype} time"] = ratio(took["reference"], took["ours"])
         seconds[dtype] = {side: statistics.median(own) for side, own in took.items()}
     del sides
+    if args.device == "cuda":
+        torch.cuda.empty_cache()  # the processes below need the room
     for dtype in args.dtypes:
         found = {side: peaks_apart(name, dtype, side, args) for side in SIDES}
         figures[f"{name} {dtype} memory"] = ratio(found["ours"], found["reference"])

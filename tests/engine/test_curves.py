@@ -107,6 +107,15 @@ def test_in_bf16_the_curve_is_near(world: int, parallel: dict[str, Any], plain: 
     assert within_bf16(curve(tmp_path / "run", world, precision="bf16", **parallel), plain)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_fast_paths_of_large_models_change_rounding_alone(
+    world: int, plain: Tensor, floor: float, tmp_path: Path
+) -> None:
+    large = Twist(large=True)
+    assert within_fp32(curve(tmp_path / "fp32", world, twist=large), plain, floor)
+    assert within_bf16(curve(tmp_path / "bf16", world, twist=large, precision="bf16"), plain)
+
+
 def test_the_bounds_notice_a_mistake(plain: Tensor, floor: float, tmp_path: Path) -> None:
     """The mean of the micro-batches' means instead of the sum over global counts."""
     mistaken = curve(tmp_path / "run", twist=Twist(own_counts=True), micro=4)

@@ -29,7 +29,9 @@ from multiway.data.loader import Batches, Stream
 from multiway.data.prepare import Corpus, Load
 from multiway.engine.train import Job
 from multiway.errors import RecordError
+from multiway.nn import attention, linear
 from multiway.nn.quantize import PatchCodebook
+from multiway.objectives import masked
 from multiway.run import Checkpoint, Data, Log, Optim, Parallel, Run, Schedule
 from multiway.systems.beit3 import BEiT3, Config, MaskedAndContrast, MaskedDataModeling
 from multiway.tasks.retrieval import ImageTextContrast
@@ -51,7 +53,7 @@ class Twist:
     becomes infinite, ``term`` sends us SIGTERM, ``pause`` sleeps until killed. ``bad``: records of pictures alone that
     cannot be read; ``slow``: seconds it takes to read any picture; ``note``: write to ``samples-RANK.jsonl`` which
     samples each micro-batch held; ``data_hash``; ``own_counts``: divide every micro-batch by its own counts, as if it
-    were a whole step (the usual mistake).
+    were a whole step (the usual mistake); ``large``: take the fast paths that only large models take.
     """
 
     at: Mapping[int, str] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Twist:
     note: bool = False
     data_hash: str = "data"
     own_counts: bool = False
+    large: bool = False
 
 
 PLAIN = Twist()
@@ -182,8 +185,17 @@ class Both(Watched, MaskedAndContrast):
     """Both at once, watched; half of the pairs are read together."""
 
 
+def take_fast_paths() -> None:
+    """For the rest of this process: lean maps, packed weights, attention head by head, losses in parts."""
+    linear.lean_pays = lambda x, to: True
+    linear.PACKED_ROWS = attention.ONEDNN_LENGTH = 1
+    masked.LOGITS_BYTES = 4 * 40 * 3  # three places, of 40 words
+
+
 def build(run: Run, out: Path, twist: Twist = PLAIN) -> Job:
     """What a recipe's ``build`` does, for records in memory."""
+    if twist.large:
+        take_fast_paths()
     torch.manual_seed(run.seed)
     model = BEiT3(run.model)
     items = {"image": run.data.images, "pair": run.data.pairs, "text": run.data.texts}

@@ -48,10 +48,11 @@ def test_only_gradients_that_are_needed_are_computed(trained: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_bf16_is_the_plain_one(biased: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 37, fast.PACKED_ROWS])
+def test_bf16_is_the_plain_one(rows: int, biased: bool) -> None:
     if not fast.bf16_is_native():
         pytest.skip("oneDNN has no bf16 products for this processor")
-    x, module = torch.randn(37, 64, requires_grad=True), Linear(64, 96, bias=biased)
+    x, module = torch.randn(rows, 64, requires_grad=True), Linear(64, 96, bias=biased)
     with torch.autocast("cpu", torch.bfloat16):
         found, plain = module(x), torch.nn.functional.linear(x, module.weight, module.bias)
     assert found.dtype == plain.dtype == torch.bfloat16 and "OneDNN" in found.grad_fn.name()

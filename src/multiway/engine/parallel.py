@@ -173,7 +173,7 @@ def recompute(block: nn.Module) -> None:
     forward = block.forward
 
     def again(*arguments: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False)
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     block.forward = again
 

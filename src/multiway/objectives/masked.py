@@ -28,7 +28,7 @@ def masked_cross_entropy(
     if len(hidden) <= step:
         return _cross_entropy(logits, hidden, target, spread)
     parts = [
-        checkpoint(_cross_entropy, logits, *part, spread, use_reentrant=False)
+        checkpoint(_cross_entropy, logits, *part, spread, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(step), target.split(step), strict=True)
     ]
     losses, hits = zip(*parts, strict=True)
