@@ -8,7 +8,8 @@ of the linear maps and of attention among real tokens, forward once and backward
 computed again count nothing. The rate is that of one big square product of the same dtype, taken before every step:
 torch's own, by which the floors were set, and for ``fastest`` the faster of that and of `multiway.nn.linear`, since on
 some processors torch's fp32 products run at half their rate. On a GPU we know, ``mfu`` is the share of its data sheet's
-dense bf16 rate; the optimiser's update is no part of the step. The last line is one JSON object.
+dense bf16 rate; the optimiser's update is no part of the step. ``spent`` tells what a profiled step went to: where the
+gap is. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from reference import SIZES, draw, our_pass, place, step
 from timing import figure, options, parsed, ratio, report, take_turns
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from multiway.engine.profile import export
+from multiway.engine.timeline import STEP, summarise
 from multiway.nn.linear import linear
 from multiway.run import Parallel
 from multiway.systems.beit3 import BEiT3, Config
@@ -50,7 +57,7 @@ def useful_flops(shape: Config, samples: Sequence[int], pictures: int) -> int:
     return 3 * shape.depth * (linear * sum(samples) + sum(attention)) + 2 * embedding
 
 
-def rates(size: str, dtype: str, args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
+def rates(size: str, dtype: str, args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """FLOP/s in every round: useful ones of the ``step``, of torch's big product, ``mm``, and of the ``fastest``; and
     what they are made of."""
     shape = dataclasses.replace(SIZES[size], masked=False)
@@ -70,11 +77,25 @@ def rates(size: str, dtype: str, args: argparse.Namespace) -> tuple[dict[str, li
         "step": partial(step, model, our_pass(model, work), dtype, args.device),
     }
     took = take_turns(sides, args)
-    facts = {"batch": batch, "flops": flops} | {f"{name}_seconds": statistics.median(own) for name, own in took.items()}
+    facts: dict[str, Any] = {"batch": batch, "flops": flops, "spent": spent(sides["step"], args.device)}
+    facts |= {f"{name}_seconds": statistics.median(own) for name, own in took.items()}
     fastest = [min(products) for products in zip(took["mm"], took["linear"], strict=True)]
     products = {"mm": took["mm"], "fastest": fastest}
     found = {name: [2 * side**3 / second for second in own] for name, own in products.items()}
     return found | {"step": [flops / second for second in took["step"]]}, facts
+
+
+def spent(step: Callable[[], object], device: str) -> dict[str, Any]:
+    """Shares of a step's seconds by cause, and the milliseconds of its longest operators."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=kinds) as profiler, record_function(f"{STEP}1"):
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        found = summarise(export(profiler, Path(folder) / "step.trace.json.gz"), [1])
+    shares = {name: round(share, 4) for name, share in found.shares.items() if share > 0}
+    return {"shares": shares, "milliseconds": {own.name: round(1000 * own.seconds, 2) for own in found.operators[:8]}}
 
 
 def peak(device: str) -> float | None:
