@@ -221,9 +221,11 @@ def test_lean_keeps_its_input_alone(narrow: None, normed: bool, monkeypatch: pyt
 
 def test_lean_pays_for_rows_that_are_wide_and_many() -> None:
     wide = fast.LEAN_WIDTH
-    assert fast.lean_pays(torch.empty(2, 5, wide), Linear(wide, 10))
-    assert not fast.lean_pays(torch.empty(9, wide), Linear(wide, 10))  # less than the weight's own memory
-    assert not fast.lean_pays(torch.empty(10, wide - 1), Linear(wide - 1, 10))
+    assert fast.lean_pays(torch.empty(4, 5, wide), Linear(wide, 10))
+    assert not fast.lean_pays(torch.empty(19, wide), Linear(wide, 10))  # less than the weight and what belongs to it
+    assert fast.lean_pays(torch.empty(40, wide).bfloat16(), Linear(wide, 10))
+    assert not fast.lean_pays(torch.empty(39, wide).bfloat16(), Linear(wide, 10))
+    assert not fast.lean_pays(torch.empty(20, wide - 1), Linear(wide - 1, 10))
 
 
 # --- keys without a bias ----------------------------------------------------------------------------------------------

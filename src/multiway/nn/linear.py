@@ -194,8 +194,10 @@ def _normed(
 
 
 def lean_pays(x: Tensor, to: nn.Linear) -> bool:
-    """Whether the memory is worth the time: for wide rows, and as many as make more than the weight's own memory."""
-    return to.in_features >= LEAN_WIDTH and x.numel() >= to.weight.numel()
+    """Whether the memory is worth the time: for wide rows, and so many that two tensors like x take more than the
+    weight does with its gradient and AdamW's two moments, all in fp32.
+    """
+    return to.in_features >= LEAN_WIDTH and 2 * x.numel() * x.element_size() >= 16 * to.weight.numel()
 
 
 def can_be_lean(norm: nn.Module, to: nn.Linear) -> bool:
