@@ -146,6 +146,14 @@ def test_the_codebook_that_targets_came_from_is_exported(tmp_path: Path) -> None
     assert kept.keys() == exported.keys() == {"centroids"} and torch.equal(kept["centroids"], exported["centroids"])
 
 
+def test_texts_alone_have_no_visual_tokens(tmp_path: Path) -> None:
+    out, alone = tmp_path / "out", ("--data.images=0", "--data.pairs=0", "--data.texts=4", "--objective.contrast=false")
+    lines = two_steps(beit3.quick(), out, *alone, "--model.contrast=false")
+    assert np.isfinite([line["text"] for line in lines]).all() and not lines[0].get("image")
+    assert not (out / "final" / IMAGE_TOKENIZER).exists()
+    assert "masked" not in json.loads((out / "eval.jsonl").read_text().splitlines()[-1] or "{}")
+
+
 @pytest.mark.parametrize("views", [0, 1])
 def test_targets_are_those_of_a_vq_kd_that_is_named(views: int, tmp_path: Path) -> None:
     """As in the paper."""

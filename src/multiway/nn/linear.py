@@ -47,7 +47,7 @@ def by_onednn(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN; both may be transposed views, too slow to be brought into its layout."""
+    """``x @ weight.T + bias`` by oneDNN; both may be transposed views (such a weight is slow to pack, and is not)."""
     rows = x.numel() // x.shape[-1]
     if x.dtype == torch.bfloat16 and rows >= PACKED_ROWS and weight.is_contiguous():
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)

@@ -511,7 +511,8 @@ def figures(ready: Pretrained, objective: Any, collate: Any, *, run: Run, out: P
     found = pairs.figures(ready, run, out) if run.model.contrast else {}
     if isinstance(run.objective, Caption):
         found |= captioning.figures(ready, run, out)
-    if isinstance(run.objective, Masked) and run.data.root is None:
+    pictured = run.data.images or run.data.pairs
+    if isinstance(run.objective, Masked) and run.data.root is None and pictured:
         hiding = dataclasses.replace(collate, branches=0, contrast=False)
         found["masked"] = evaluation.filling_of_scenes(ready, objective.tokenizer, hiding, run.seed)
     return found

@@ -305,7 +305,7 @@ def export_of(
             card={"title": run.recipe, "text": text}, weights=weights,
         )  # fmt: skip
         book = getattr(objective, "tokenizer", None)
-        if isinstance(book, PatchCodebook):
+        if isinstance(book, PatchCodebook) and book.centroids.any():  # none is fitted where no picture is learned from
             save_file(dict(book.state_dict()), folder / IMAGE_TOKENIZER)
 
     return export
