@@ -267,12 +267,12 @@ class Stage:
 @contextmanager
 def nothing_asked() -> Iterator[None]:
     """Within, nothing is asked of fake tensors that they cannot do: tell what was drawn, be packed by oneDNN."""
-    skips, rows = block.skips, linear.PACKED_ROWS
-    block.skips, linear.PACKED_ROWS = lambda device: False, sys.maxsize
+    skips, rows = block.skips, linear.MANY_ROWS
+    block.skips, linear.MANY_ROWS = lambda device: False, sys.maxsize
     try:
         yield
     finally:
-        block.skips, linear.PACKED_ROWS = skips, rows
+        block.skips, linear.MANY_ROWS = skips, rows
 
 
 @contextmanager

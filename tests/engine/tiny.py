@@ -186,9 +186,10 @@ class Both(Watched, MaskedAndContrast):
 
 
 def take_fast_paths() -> None:
-    """For the rest of this process: lean maps, packed weights, attention head by head, losses in parts."""
+    """For the rest of this process: lean maps, linear maps as convolutions (with two threads), attention head by head,
+    losses in parts."""
     linear.lean_pays = lambda x, to: True
-    linear.PACKED_ROWS = attention.ONEDNN_LENGTH = 1
+    linear.MANY_ROWS = attention.ONEDNN_LENGTH = 1
     masked.LOGITS_BYTES = 4 * 40 * 3  # three places, of 40 words
 
 

@@ -48,7 +48,7 @@ def test_only_gradients_that_are_needed_are_computed(trained: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("rows", [1, 37, fast.PACKED_ROWS])
+@pytest.mark.parametrize("rows", [1, 37, fast.MANY_ROWS])
 def test_bf16_is_the_plain_one(rows: int, biased: bool) -> None:
     if not fast.bf16_is_native():
         pytest.skip("oneDNN has no bf16 products for this processor")
@@ -63,23 +63,47 @@ def test_bf16_is_the_plain_one(rows: int, biased: bool) -> None:
         torch.testing.assert_close(own, other, rtol=0, atol=2**-7 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("rows", [fast.PACKED_ROWS - 1, fast.PACKED_ROWS])
+@pytest.fixture
+def convolved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is computed as a convolution, in order; there are two threads."""
+    done: list[str] = []
+    for owner, name in ((torch, "mkldnn_convolution"), (torch.ops.aten, "convolution_backward")):
+        known = getattr(owner, name)
+        watched = lambda *given, known=known, name=name: done.append(name) or known(*given)  # noqa: E731
+        monkeypatch.setattr(owner, name, watched)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    return done
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [fast.MANY_ROWS - 1, fast.MANY_ROWS])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_packed_weight_is_the_weight(rows: int, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not fast.bf16_is_native():
+def test_many_rows_are_convolved(rows: int, biased: bool, dtype: torch.dtype, convolved: list[str]) -> None:
+    if dtype == torch.bfloat16 and not fast.bf16_is_native():
         pytest.skip("oneDNN has no bf16 products for this processor")
-    x, weight = torch.randn(2, rows, 100).bfloat16()[:1], torch.randn(70, 100).bfloat16()
-    bias = torch.randn(70).bfloat16() if biased else None
-    packing = torch.ops.mkldnn._reorder_linear_weight
-    packed: list[int] = []
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *own: packed.append(own[1]) or packing(*own))
+    x, weight, grad = (torch.randn(*shape).to(dtype) for shape in ((1, rows, 100), (70, 100), (1, rows, 70)))
+    bias = torch.randn(70).to(dtype) if biased else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    torch.testing.assert_close(fast.product(x, weight, bias).double(), exact, rtol=2**-8, atol=1e-4)
-    assert packed == ([rows] if rows >= fast.PACKED_ROWS else [])
-    torch.testing.assert_close(
-        fast.product(x, weight.t().contiguous().t()).double(), x.double() @ weight.double().t(), rtol=2**-8, atol=1e-4
-    )
-    assert packed == ([rows] if rows >= fast.PACKED_ROWS else [])  # a transposed one as it is
+    near = {"rtol": 2**-8, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    many = rows >= fast.MANY_ROWS
+
+    found = fast.onednn_linear(x, weight, bias)
+    assert found.dtype == dtype and found.is_contiguous() and convolved == ["mkldnn_convolution"] * many
+    torch.testing.assert_close(found.double(), exact, **near)
+    back = fast.onednn_linear_back(grad, weight)
+    assert back.dtype == dtype and back.is_contiguous() and convolved[1:] == ["convolution_backward"] * many
+    torch.testing.assert_close(back.double(), grad.double() @ weight.double(), **near)
+
+    torch.testing.assert_close(fast.onednn_linear(x, weight.t().contiguous().t(), bias).double(), exact, **near)
+    columns = x.mT.contiguous().mT
+    torch.testing.assert_close(fast.onednn_linear(columns, weight, bias).double(), exact, **near)
+    assert len(convolved) == 2 * many  # what is transposed is not
+
+
+def test_one_thread_convolves_nothing(convolved: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not fast.convolves(torch.zeros(fast.MANY_ROWS, 8), torch.zeros(6, 8))
 
 
 @needs_onednn

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 LEAN_WIDTH = 384
 """Narrower rows are kept as they are: there the time of the calls is worth more than the memory."""
 
-PACKED_ROWS = 1024
-"""From this many rows on, a bf16 weight is worth bringing into oneDNN's own layout, be it for one product."""
+MANY_ROWS = 512
+"""From this many rows on, two threads and more are faster at a linear map as a convolution with a kernel of one place:
+oneDNN brings its weight into its own layout once, that of a plain product once a thread."""
 
 
 @cache
@@ -47,16 +48,38 @@ def by_onednn(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN; both may be transposed views (such a weight is slow to pack, and is not)."""
-    rows = x.numel() // x.shape[-1]
-    if x.dtype == torch.bfloat16 and rows >= PACKED_ROWS and weight.is_contiguous():
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    """``x @ weight.T + bias`` by oneDNN; both may be transposed views."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def fastest_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` of tensors of one dtype, without gradients."""
-    return product(x, weight, bias) if by_onednn(x, x.dtype) else F.linear(x, weight, bias)
+def convolves(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is faster at a linear map of x (..., C), or of its gradient, as a convolution."""
+    many = x.numel() >= MANY_ROWS * x.shape[-1] and torch.get_num_threads() > 1
+    return many and x.is_contiguous() and weight.is_contiguous()
+
+
+def picture(x: Tensor) -> Tensor:
+    """The rows of x (..., C) as pixels of one picture (1, C, 1, R), channels last; the same memory."""
+    return x.view(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of tensors of one dtype by oneDNN, without gradients."""
+    if not convolves(x, weight):
+        return product(x, weight, bias)
+    made = torch.mkldnn_convolution(picture(x), weight[:, :, None, None], bias, (0, 0), (1, 1), (1, 1), 1)
+    return made.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+def onednn_linear_back(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what `onednn_linear` was given: (..., O), (O, I) -> (..., I)."""
+    if not convolves(grad, weight):
+        return product(grad, weight.t())
+    given = picture(grad.new_empty(*grad.shape[:-1], weight.shape[1]))  # its shape is looked at, nothing else
+    made, _, _ = torch.ops.aten.convolution_backward(
+        picture(grad), given, weight[:, :, None, None], None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, False, False)
+    )  # fmt: skip
+    return made.permute(0, 2, 3, 1).reshape(*grad.shape[:-1], -1)
 
 
 def gradient(rows: Tensor, x: Tensor) -> Tensor:
@@ -66,13 +89,14 @@ def gradient(rows: Tensor, x: Tensor) -> Tensor:
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """`linear` on CPU, forward and backward by oneDNN."""
+    """`linear` on CPU, forward and backward by oneDNN, in the dtype of x; autograd casts gradients to parameters'."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         """x: (..., I) -> (..., O)."""
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        return onednn_linear(x, cast, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -82,7 +106,7 @@ class OneDNNLinear(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            product(grad, weight.t()) if of_x else None,
+            onednn_linear_back(grad, weight) if of_x else None,
             gradient(rows, x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
@@ -92,8 +116,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: (..., I), (O, I), (O,) -> (..., O), by the fastest implementation for the device."""
     dtype = product_dtype(x)
     if dtype == product_dtype(weight) and by_onednn(x, dtype):
-        bias = None if bias is None else bias.to(dtype)
-        return OneDNNLinear.apply(x.to(dtype), weight.to(dtype), bias)  # type: ignore[return-value]
+        return OneDNNLinear.apply(x.to(dtype), weight, bias)  # type: ignore[return-value]
     return F.linear(x, weight, bias)
 
 
@@ -152,22 +175,24 @@ class LeanLinear(torch.autograd.Function):
         bias: Tensor,
     ) -> Tensor:
         """x: (..., I) -> (..., O)."""
-        ctx.eps, ctx.dtype = eps, weight.dtype
+        ctx.eps = eps
         dtype = product_dtype(weight)
         _, seen, _, _ = _normed(x, gain, shift, eps)
         cast = weight.to(dtype)
         ctx.save_for_backward(x, gain, shift, cast)
-        return fastest_product(seen.to(dtype), cast, bias.to(dtype))
+        seen, bias = seen.to(dtype), bias.to(dtype)
+        return onednn_linear(seen, cast, bias) if by_onednn(seen, dtype) else F.linear(seen, cast, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of what needs one; those of parameters in their dtype."""
+        """Gradients of what needs one; autograd casts them to parameters' dtype."""
         x, gain, shift, weight = ctx.saved_tensors
         of_x, _, of_gain, of_shift, of_weight, of_bias = ctx.needs_input_grad
         active, seen, mean, deviation = _normed(x, gain, shift, ctx.eps)
         rows, flat = grad.flatten(0, -2), seen.flatten(0, -2).to(grad.dtype)
-        of_active, of_norm = fastest_product(grad, weight.t()).to(seen.dtype), (None, None)
+        onednn, of_norm = by_onednn(grad, grad.dtype), (None, None)
+        of_active = (onednn_linear_back(grad, weight) if onednn else grad @ weight).to(seen.dtype)
         if gain is not None:
             of_active, *of_norm = torch.ops.aten.native_layer_norm_backward(
                 of_active, active, gain.shape, mean, deviation, gain, shift, [of_x, of_gain, of_shift]
@@ -176,8 +201,8 @@ class LeanLinear(torch.autograd.Function):
             torch.ops.aten.gelu_backward(of_active.to(x.dtype), x) if of_x else None,
             None,
             *of_norm,
-            gradient(rows, flat).to(ctx.dtype) if of_weight else None,
-            rows.sum(0).to(ctx.dtype) if of_bias else None,
+            gradient(rows, flat) if of_weight else None,
+            rows.sum(0) if of_bias else None,
         )
 
 
