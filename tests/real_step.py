@@ -17,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from multiway import config, recipes
-from multiway.engine.optim import Average, build_optimizers
+from multiway.engine.optim import Average, build_optimizers, total_norm, update
 from multiway.engine.parallel import Process, spread, start, synchronise_gradients
 from multiway.estimate import KINDS
 from multiway.rehearsal import made_up_words, make_samples
@@ -50,9 +49,7 @@ def real_step(run: Run, process: Process = ALONE) -> Callable[[], None]:
             with torch.autocast("cpu", torch.bfloat16, enabled=run.parallel.precision == "bf16"):
                 output = objective(batch, objective.counts(batch), across)
             output.loss.backward()
-        nn.utils.clip_grad_norm_(objective.parameters(), run.optim.clip or math.inf)
-        for optimizer in optimizers:
-            optimizer.step()
+        update(optimizers, run.optim.lr, float(total_norm(objective)), run.optim.clip)
         average.update(objective)
         objective.zero_grad(set_to_none=True)
 

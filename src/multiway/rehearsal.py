@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils import flop_counter
@@ -28,8 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from multiway.data.collate import Sample, Samples, Words
 from multiway.data.examples import Question
-from multiway.engine.optim import Average, build_optimizers
-from multiway.engine.parallel import recompute
+from multiway.engine.optim import Average, build_optimizers, keep_gradients, total_norm, update
+from multiway.engine.parallel import keeps_gradients, recompute
 from multiway.nn import attention, block, linear
 from multiway.nn.pixels import sides
 from multiway.run import Run
@@ -190,6 +190,8 @@ class Stage:
             self.objective, self.collate = assemble(run, made_up_words(run))
             self.optimizers = build_optimizers(self.objective, run.optim, run.parallel.precision)
             self.average = Average(self.objective, run.optim.ema)
+        if devices == 1 and keeps_gradients(torch.device("cuda" if gpu else "cpu"), run.parallel):
+            keep_gradients(self.objective)
         self.objective.train()
         self.joined = run.parallel.micro if self.objective.joins and not self.objective.splittable else 1
         self.blocks: Any = self.objective.model.encoder.blocks
@@ -223,13 +225,14 @@ class Stage:
 
     def update(self) -> Trace:
         """What follows the last `micro`: clipping, the optimisers, the average."""
+        made = {p: p.grad for p in self.objective.parameters()}
         with self.fake:
-            for optimizer in self.optimizers:
-                optimizer.step()  # the first makes the state, which is there throughout
+            update(self.optimizers, 0.0, norm=0.0, clip=0.0)  # the first makes the state, which is there throughout
+        for p, grad in made.items():
+            p.grad = grad
         with self.recording() as recorder:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self.run.optim.clip or math.inf)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            total_norm(self.objective)
+            update(self.optimizers, 0.0, norm=2.0, clip=1.0)
             self.average.update(self.objective)
         return recorder.trace()
 

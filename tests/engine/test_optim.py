@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,18 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from multiway.engine import optim as engine_optim
 from multiway.engine.optim import (
+    PART,
     Average,
     Muon,
     build_optimizers,
+    keep_gradients,
     optimizer_steps,
     optimizer_tensors,
     orthogonal,
     restore_steps,
-    set_rate,
+    total_norm,
+    update,
 )
+from multiway.engine.parallel import Process, spread
 from multiway.engine.schedule import learning_rate
-from multiway.run import Optim, Schedule
+from multiway.nn.linear import Linear, bf16_is_native
+from multiway.run import Optim, Parallel, Schedule
 from multiway.systems.beit3 import BEiT3, Config, MaskedDataModeling
 
 DECAY = 0.5
@@ -103,10 +110,103 @@ def test_parameters_outside_the_model_count_as_the_top(objective: MaskedDataMode
 def test_the_rate_of_a_group_is_scaled(objective: MaskedDataModeling) -> None:
     optimizers = build_optimizers(objective, Optim(layer_decay=DECAY, matrices="muon"))
     for rate in (0.0, 2e-3):
-        set_rate(optimizers, rate)
+        update(optimizers, rate, norm=1.0, clip=0.0)
         adamw, muon = ({group["lr"] for group in optimizer.param_groups} for optimizer in optimizers)
         assert adamw == {rate * DECAY**i for i in range(5)}
         assert muon == {rate * DECAY**i for i in (1, 2, 3)}
+
+
+# --- gradients in the dtype they are computed in ----------------------------------------------------------------------
+
+
+def learn(objective: MaskedDataModeling, optim: Optim, kept: bool) -> nn.Module:
+    """A copy after three steps in bf16 on made-up hidden states; ``kept``: their gradients as they are computed."""
+    objective = copy.deepcopy(objective)
+    if kept:
+        keep_gradients(objective)
+    optimizers = build_optimizers(objective, optim)
+    blocks: Any = objective.model.encoder.blocks
+    maps = [module for block in blocks for module in block.modules() if isinstance(module, Linear)]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [own(torch.randn(9, own.in_features, generator=generator)) for own in maps]
+        sum(x.float().square().mean() for x in found).backward()  # type: ignore[union-attr]
+        assert {own.weight.grad.dtype for own in maps} == {torch.bfloat16 if kept else torch.float32}
+        for p in (objective.model.vision.positions, objective.model.mim_head.weight):  # fp32 in any case
+            p.grad = torch.randn(p.shape, generator=generator)
+        update(optimizers, 1e-2, norm=3.0, clip=1.0)
+        objective.zero_grad()
+    return objective
+
+
+@pytest.mark.skipif(not bf16_is_native(), reason="oneDNN has no bf16 products for this processor")
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+@pytest.mark.parametrize("part", [1, 1000, PART])
+def test_kept_gradients_move_parameters_as_their_fp32_copies_do(
+    objective: MaskedDataModeling, matrices: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_optim, "PART", part)
+    optim = Optim(lr=1e-2, matrices=matrices, layer_decay=0.9)
+    twin, found = (dict(learn(objective, optim, kept).named_parameters()) for kept in (False, True))
+    moved = [name for name, p in objective.named_parameters() if not torch.equal(p, twin[name])]
+    assert len(moved) > 20
+    for name, own in found.items():
+        assert torch.equal(own, twin[name]), name
+
+
+@pytest.mark.parametrize(
+    ("parallel", "kept"), [(Parallel(), True), (Parallel(micro=2), False), (Parallel(compile=True), False)]
+)
+def test_a_process_alone_keeps_the_gradients_of_one_micro_batch(
+    objective: MaskedDataModeling, parallel: Parallel, kept: bool
+) -> None:
+    spread(objective, Process(0, 1, torch.device("cpu"), None), parallel)
+    assert {p.grad_dtype for p in objective.parameters()} == {None if kept else torch.float32}
+
+
+@pytest.mark.parametrize(("small", "near"), [(2**16, 1e-6), (0, 1e-3)])
+def test_the_norm_of_gradients_of_any_dtype(
+    objective: MaskedDataModeling, small: int, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows of large values, whose norms are rounded, are worse than any matrix that is not cast."""
+    monkeypatch.setattr(engine_optim, "SMALL", small)
+    keep_gradients(objective)
+    for i, p in enumerate(objective.parameters()):
+        drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        p.grad = drawn.bfloat16() if i % 2 else drawn
+    exact = torch.cat([p.grad.double().flatten() for p in objective.parameters() if p.grad is not None]).norm()
+    assert total_norm(objective).dtype == torch.float32
+    torch.testing.assert_close(total_norm(objective).double(), exact, rtol=near, atol=0)
+
+
+def test_the_norm_of_a_large_gradient_is_that_of_its_numbers() -> None:
+    module = nn.Linear(700, 900, bias=False)
+    keep_gradients(module)
+    drawn = torch.randn(900, 700, generator=torch.Generator().manual_seed(0)) * 1e-4
+    module.weight.grad = drawn.bfloat16()
+    exact = module.weight.grad.double().norm()
+    torch.testing.assert_close(total_norm(module).double(), exact, rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(0.0, 1.0), (1.0, 0.25), (4.1, 1.0)])
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_gradients_are_scaled_to_the_norm_allowed(
+    objective: MaskedDataModeling, matrices: str, clip: float, factor: float
+) -> None:
+    """Moments are the first gradient's share: a tenth of it, or a twentieth."""
+    optim = Optim(matrices=matrices, betas=(0.9, 0.98))
+    optimizers = build_optimizers(objective, optim)
+    given = {}
+    for i, (name, p) in enumerate(objective.named_parameters()):
+        p.grad = given[name] = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        given[name] = p.grad.clone()
+    update(optimizers, 1e-3, norm=4.0, clip=clip)
+    for name, moment in optimizer_tensors(objective, optimizers).items():
+        name, _, kind = name.rpartition(".")
+        share = {"exp_avg": 0.1 * factor, "exp_avg_sq": 0.02 * factor**2, "momentum": 0.05 * factor}[kind]
+        expected = share * (given[name] ** 2 if kind == "exp_avg_sq" else given[name])
+        torch.testing.assert_close(moment, expected, rtol=1e-5, atol=1e-7)
 
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
@@ -229,14 +329,13 @@ def test_it_is_adamw_with_decoupled_decay(objective: MaskedDataModeling) -> None
     optimizers = build_optimizers(objective, optim)
     weight = objective.model.mim_head.weight
     expected, mean, square = weight.detach().clone(), torch.zeros_like(weight), torch.zeros_like(weight)
-    set_rate(optimizers, 0.1)
     for step in (1, 2, 3):
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
         expected = expected * (1 - 0.1 * 0.2)
         mean, square = 0.5 * mean + 0.5 * weight.grad, 0.75 * square + 0.25 * weight.grad**2
         scaled = (square / (1 - 0.75**step)).sqrt() + 1e-3
         expected = expected - 0.1 * (mean / (1 - 0.5**step)) / scaled
-        optimizers[0].step()
+        update(optimizers, 0.1, norm=1.0, clip=0.0)
         torch.testing.assert_close(weight.detach(), expected)
 
 

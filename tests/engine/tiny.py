@@ -27,6 +27,7 @@ from multiway.data.collate import DualCollate, MaskedCollate, Words
 from multiway.data.image import View
 from multiway.data.loader import Batches, Stream
 from multiway.data.prepare import Corpus, Load
+from multiway.engine import optim
 from multiway.engine.train import Job
 from multiway.errors import RecordError
 from multiway.nn import attention, linear
@@ -187,9 +188,10 @@ class Both(Watched, MaskedAndContrast):
 
 def take_fast_paths() -> None:
     """For the rest of this process: lean maps, linear maps as convolutions (with two threads), attention head by head,
-    losses in parts."""
+    losses in parts, gradients cast in several parts."""
     linear.lean_pays = lambda x, to: True
     linear.MANY_ROWS = attention.ONEDNN_LENGTH = 1
+    optim.PART = 2000
     masked.LOGITS_BYTES = 4 * 40 * 3  # three places, of 40 words
 
 

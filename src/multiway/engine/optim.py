@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from multiway.run import Optim
 
@@ -23,6 +23,75 @@ MATCH_ADAMW = 0.2
 TOGETHER = 2**26
 """Most elements of matrices that are orthogonalised at once: all of a small model's, a few of a large one's."""
 
+PART = 2**21
+"""Least elements of parameters whose gradients are cast together: few enough to stay in the processor's cache."""
+
+SMALL = 2**16
+"""Gradients of so many elements or fewer are cast for their norm."""
+
+
+def keep_gradients(objective: nn.Module) -> None:
+    """Have gradients stay in the dtype they are computed in, until `AdamW` or `Muon` cast them, a few at a time.
+
+    Products in bf16 have bf16 gradients: fp32 copies hold nothing more, and take twice the memory. For one backward a
+    step, since what a second one adds would be rounded; within one, gradients of a weight that is used several times
+    are added in bf16, as those of autocast's own cached copies are.
+    """
+    for parameter in objective.parameters():
+        parameter.grad_dtype = None  # type: ignore[attr-defined]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, fused, for gradients of any dtype; the ``factor`` of a group scales them first (see `update`).
+
+    Those in another dtype than their parameters' are cast a part at a time, and dropped once they are used.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], optim: Optim) -> None:
+        super().__init__(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        for group in self.param_groups:
+            group["factor"] = 1.0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        groups = self.param_groups
+        try:
+            for group in groups:
+                found = [p for p in group["params"] if p.grad is not None]
+                self.move([p for p in found if p.grad.dtype == p.dtype], group)
+                for part in parts([p for p in found if p.grad.dtype != p.dtype]):
+                    for p in part:
+                        p.grad = p.grad.to(p.dtype)  # type: ignore[union-attr]
+                    self.move(part, group)
+                    for p in part:
+                        p.grad = None
+        finally:
+            self.param_groups = groups
+
+    def move(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """torch's update of some parameters of a group, whose gradients are in their dtype."""
+        if not parameters:
+            return
+        if group["factor"] != 1:
+            torch._foreach_mul_([p.grad for p in parameters], group["factor"])  # type: ignore[arg-type]
+        self.param_groups = [{**group, "params": parameters}]
+        super().step()
+
+
+def parts(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in order, each time until they have `PART` elements or more."""
+    part: list[Tensor] = []
+    elements = 0
+    for p in parameters:
+        part.append(p)
+        elements += p.numel()
+        if elements >= PART:
+            yield part
+            part, elements = [], 0
+    if part:
+        yield part
+
 
 class Muon(Optimizer):
     """Momentum whose every matrix is replaced by the nearest orthogonal one: all directions are learned alike fast.
@@ -34,7 +103,7 @@ class Muon(Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, dtype: torch.dtype) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "scale": 1.0})
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "scale": 1.0, "factor": 1.0})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -53,19 +122,22 @@ class Muon(Optimizer):
     def update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         """Move matrices of one shape."""
         rate = group["lr"] * MATCH_ADAMW * max(matrices[0].shape) ** 0.5
-        for p, update in zip(matrices, orthogonal(torch.stack([self.momentum(p) for p in matrices])), strict=True):
+        momenta = torch.stack([self.momentum(p, group["factor"]) for p in matrices])
+        for p, update in zip(matrices, orthogonal(momenta), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(sharded_as(p, update.to(p.dtype)), alpha=-rate)
 
-    def momentum(self, p: Tensor) -> Tensor:
-        """Nesterov's momentum of a matrix after its present gradient, whole, in ``dtype``."""
+    def momentum(self, p: Tensor, factor: float) -> Tensor:
+        """Nesterov's momentum of a matrix after its present gradient times ``factor``, whole, in ``dtype``."""
         assert p.grad is not None
-        state = self.state[p]
+        state, grad = self.state[p], p.grad.to(p.dtype)
+        if factor != 1:
+            grad = grad * factor
         if not state:
             state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
         state["step"] += 1
-        state["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-        return whole(p.grad.lerp(state["momentum"], MOMENTUM).to(self.dtype))
+        state["momentum"].lerp_(grad, 1 - MOMENTUM)
+        return whole(grad.lerp(state["momentum"], MOMENTUM).to(self.dtype))
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -116,17 +188,31 @@ def build_optimizers(objective: nn.Module, optim: Optim, precision: str = "fp32"
         decay = optim.weight_decay if decays else 0.0
         scale = head * optim.layer_decay ** (top - layer)
         described[muon].append({"params": parameters, "weight_decay": decay, "scale": scale})
-    built: list[Optimizer] = [AdamW(described[False], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)]
+    built: list[Optimizer] = [AdamW(described[False], optim)]
     if described[True]:
         built.append(Muon(described[True], optim.lr, torch.bfloat16 if precision == "bf16" else torch.float32))
     return built
 
 
-def set_rate(optimizers: Sequence[Optimizer], lr: float) -> None:
-    """Give every group the rate ``lr`` times its layer's scale."""
+def total_norm(objective: nn.Module) -> Tensor:
+    """The norm of all gradients together, over all processes: (). Those in bf16 are read once, not cast."""
+    found = [p.grad for p in objective.parameters() if p.grad is not None]
+    half = [x for x in found if x.dtype.itemsize == 2]
+    # Norms of rows are rounded, which is lost among so many; few are cast.
+    rows = [torch.linalg.vector_norm(x if x.numel() > SMALL else x.float(), dim=-1) for x in half]
+    norms = [x.float().norm() for x in rows]
+    return whole(nn.utils.get_total_norm([x for x in found if x.dtype.itemsize > 2] + norms))
+
+
+def update(optimizers: Sequence[Optimizer], lr: float, norm: float, clip: float) -> None:
+    """Move all parameters at the rate ``lr`` times their layer's scale; gradients, which have this norm together, are
+    first scaled to ``clip`` if that is less (0 = never).
+    """
+    factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"], group["factor"] = lr * group["scale"], factor
+        optimizer.step()
 
 
 def optimizer_tensors(objective: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from multiway.engine.heap import keep_freed_memory
 from multiway.engine.lock import die_with_parent
+from multiway.engine.optim import keep_gradients
 from multiway.errors import DataError, MultiwayError
 from multiway.run import Parallel
 from multiway.types import Across, Objective
@@ -156,6 +157,8 @@ def spread(objective: Objective, process: Process, parallel: Parallel) -> None:
         for block in encoder.blocks:
             block.compile(dynamic=True)
     if process.world == 1:
+        if keeps_gradients(process.device, parallel):
+            keep_gradients(objective)
         return
     kind = process.device.type
     if parallel.shard == "full":
@@ -166,6 +169,11 @@ def spread(objective: Objective, process: Process, parallel: Parallel) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     register_fsdp_forward_method(objective, "apply_model")
+
+
+def keeps_gradients(device: torch.device, parallel: Parallel) -> bool:
+    """Whether a process alone keeps gradients as they are computed: of one micro-batch, and where we compute them."""
+    return device.type == "cpu" and parallel.micro == 1 and not parallel.compile
 
 
 def recompute(block: nn.Module) -> None:

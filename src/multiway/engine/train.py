@@ -34,7 +34,8 @@ from multiway.engine.optim import (
     optimizer_steps,
     optimizer_tensors,
     restore_steps,
-    set_rate,
+    total_norm,
+    update,
     whole,
 )
 from multiway.engine.parallel import Process, observe, spread, start, synchronise_gradients
@@ -200,18 +201,18 @@ class Trainer:
             (output.loss * process.world).backward()
             for name, value in {"loss": output.loss.detach(), **output.sums}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        norm, *local = torch.stack([self.clip().double(), *(value.double() for value in sums.values())]).tolist()
+        norm, *local = torch.stack(
+            [total_norm(objective).double(), *(value.double() for value in sums.values())]
+        ).tolist()
 
         # All processes agree whether to apply the step and whether to stop after it.
         *totals, bad, stop = process.total([*local, not math.isfinite(norm), self.signals.asked])
         terms = dict(zip(sums, totals, strict=True))
         loss = terms.pop("loss")
         lr = learning_rate(self.run.schedule, self.run.optim.lr, self.done)
-        set_rate(self.optimizers, lr)
         applied = bad == 0 and math.isfinite(loss)
         if applied:
-            for optimizer in self.optimizers:
-                optimizer.step()
+            update(self.optimizers, lr, norm, self.run.optim.clip)
             objective.after_step(self.done)
             self.average.update(objective)
         objective.zero_grad(set_to_none=True)
@@ -234,11 +235,6 @@ class Trainer:
             faults = [fault for some in self.process.share(faults) for fault in some]
         self.window.add(self.job.batches.items(self.done), faults)
         return micros, dict(zip(names, totals, strict=True))
-
-    def clip(self) -> Tensor:
-        """Scale gradients to the greatest norm allowed; the norm before, over all processes."""
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.run.optim.clip or math.inf)
-        return whole(norm)
 
     def check_numerics(self) -> None:
         """List the last step with its records if it was skipped; too many in a row end the run."""

@@ -76,9 +76,8 @@ def onednn_linear_back(grad: Tensor, weight: Tensor) -> Tensor:
     if not convolves(grad, weight):
         return product(grad, weight.t())
     given = picture(grad.new_empty(*grad.shape[:-1], weight.shape[1]))  # its shape is looked at, nothing else
-    made, _, _ = torch.ops.aten.convolution_backward(
-        picture(grad), given, weight[:, :, None, None], None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, False, False)
-    )  # fmt: skip
+    tensors, of_given = (picture(grad), given, weight[:, :, None, None]), (True, False, False)
+    made, _, _ = torch.ops.aten.convolution_backward(*tensors, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, of_given)
     return made.permute(0, 2, 3, 1).reshape(*grad.shape[:-1], -1)
 
 
