@@ -24,7 +24,7 @@ from multiway.engine.optim import (
     total_norm,
     update,
 )
-from multiway.engine.parallel import Process, spread
+from multiway.engine.parallel import Process, keeps_gradients, spread
 from multiway.engine.schedule import learning_rate
 from multiway.nn.linear import Linear, bf16_is_native
 from multiway.run import Optim, Parallel, Schedule
@@ -155,14 +155,18 @@ def test_kept_gradients_move_parameters_as_their_fp32_copies_do(
         assert torch.equal(own, twin[name]), name
 
 
-@pytest.mark.parametrize(
-    ("parallel", "kept"), [(Parallel(), True), (Parallel(micro=2), False), (Parallel(compile=True), False)]
-)
+@pytest.mark.parametrize(("micro", "kept"), [(1, True), (2, False)])
 def test_a_process_alone_keeps_the_gradients_of_one_micro_batch(
-    objective: MaskedDataModeling, parallel: Parallel, kept: bool
+    objective: MaskedDataModeling, micro: int, kept: bool
 ) -> None:
-    spread(objective, Process(0, 1, torch.device("cpu"), None), parallel)
+    spread(objective, Process(0, 1, torch.device("cpu"), None), Parallel(micro=micro))
     assert {p.grad_dtype for p in objective.parameters()} == {None if kept else torch.float32}
+
+
+def test_gradients_are_kept_where_our_products_compute_them() -> None:
+    assert keeps_gradients(torch.device("cpu"), Parallel())
+    assert not keeps_gradients(torch.device("cpu"), Parallel(compile=True))
+    assert not keeps_gradients(torch.device("cuda"), Parallel())
 
 
 @pytest.mark.parametrize(("small", "near"), [(2**16, 1e-6), (0, 1e-3)])
