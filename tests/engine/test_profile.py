@@ -111,7 +111,7 @@ def test_an_instant_of_a_gpu_belongs_to_its_kernel_and_an_idle_one_to_what_is_wa
     ("share", "names"),
     {
         "gemm": "aten::mm aten::addmm aten::_addmm_activation aten::linear aten::convolution_backward aten::_scaled_mm "
-        "aten::_grouped_mm mkldnn::_linear_pointwise aten::matmul aten::mkldnn_linear",
+        "aten::_grouped_mm mkldnn::_linear_pointwise aten::matmul aten::mkldnn_linear aten::mkldnn_convolution",
         "attention": "aten::bmm aten::baddbmm aten::_softmax aten::_softmax_backward_data "
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward aten::_flash_attention_forward",
         "elementwise": "aten::add_ aten::gelu_backward aten::native_layer_norm aten::_log_softmax aten::masked_fill_ "
